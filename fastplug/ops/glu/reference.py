@@ -1,0 +1,87 @@
+"""Gated linear units (Shazeer 2020, arXiv:2002.05202) in plain PyTorch: ``activation(gate) * up``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """``silu``: x sigmoid(x). ``gelu``: x Phi(x) (Hendrycks and Gimpel 2016). ``gelu_tanh``: its tanh approximation."""
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """The op as models write it, differentiable."""
+    return activate(gate, activation) * up
+
+
+def check_activation(activation: str) -> None:
+    """Raise ``ValueError`` for an activation that is not one of ``ACTIVATIONS``."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+
+
+def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+    """Write ``activation(gate) * up`` into ``out``.
+
+    Args:
+        gate, up: [M, N], any float dtype, any row stride.
+        activation: ``"silu"``, ``"gelu"`` (exact) or ``"gelu_tanh"``. Computed in fp32, rounded to gate's dtype before
+            the product, as the modules do.
+        out: [M, N]; rows may be strided. May be ``gate`` or ``up``.
+
+    Raises:
+        ValueError: For an unknown activation, or an ``out`` of another shape or with strided columns.
+    """
+    check_activation(activation)
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    out.copy_(activate(gate, activation).to(wide) * up.to(wide))
+
+
+def backward(
+    dout: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> None:
+    """Write ``dgate = dout * up * activation'(gate)`` and ``dup = dout * activation(gate)``; ``out`` too if given.
+
+    Args:
+        dout, gate, up, activation: As in :func:`forward`.
+        dgate, dup: [M, N], rows may be strided. May be ``gate`` and ``up``.
+        out: [M, N] or None: receives :func:`forward`'s result again, for a backward that needs it (of the down
+            projection's adapter) without having kept it.
+    """
+    check_activation(activation)
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    g, u, d = gate.to(wide), up.to(wide), dout.to(wide)
+    if activation == "silu":
+        s = torch.sigmoid(g)
+        slope = s * (1 + g * (1 - s))
+        value = g * s
+    elif activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
+        slope = cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
+        value = g * cdf
+    else:
+        # 0.5 (1 + tanh(z)) is sigmoid(2 z); saturated long before |g| reaches 32, so g^3 cannot overflow.
+        c = g.clamp(-32, 32)
+        s = torch.sigmoid(math.sqrt(8 / math.pi) * (c + 0.044715 * c**3))
+        slope = s + c * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * c * c)
+        value = g * s
+    product = value.to(gate.dtype).to(wide) * u
+    gradients = d * u * slope, d * value  # all before the first write: the outputs may be the inputs
+    dgate.copy_(gradients[0])
+    dup.copy_(gradients[1])
+    if out is not None:
+        out.copy_(product)

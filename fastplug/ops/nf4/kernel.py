@@ -1,0 +1,145 @@
+"""4-bit decoding in Triton, one launch also with double quantization. The functions are those of ``reference``.
+
+The fast kernel reads the packed weight as 32-bit words of eight elements each, so that a thread's word becomes one
+16-byte store of a 16-bit dtype. It needs eight elements of a word to lie in one row (K a multiple of 8); the other
+kernel goes element by element and takes any K. Both are launched without contraction of multiply and add: one rounding
+instead of two would differ from bitsandbytes in the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastplug.ops.launch import check_output, on_device, stride_unit
+from fastplug.ops.library import custom_op
+from fastplug.ops.nf4.reference import Nested, check
+
+WORDS = 512  # of a program of four warps: one 16-byte load and four 16-byte stores of a 16-bit dtype a thread
+ELEMENTS = 1024
+
+
+@triton.jit
+def _scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, BLOCKSIZE2: tl.constexpr):
+    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
+    if code2_ptr is not None:
+        outer = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=mask, other=0.0)
+        scale = tl.load(code2_ptr + scale.to(tl.int32)) * outer + tl.load(offset_ptr)
+    return scale
+
+
+@triton.jit(do_not_specialize=["row_start"])
+def _word_kernel(
+    packed_ptr,  # int32 words of the whole weight
+    absmax_ptr,  # [blocks] fp32, or uint8 with double quantization
+    code_ptr,  # [16] fp32
+    code2_ptr,  # [256] fp32 or None
+    absmax2_ptr,  # [blocks / BLOCKSIZE2] fp32 or None
+    offset_ptr,  # [] fp32 or None
+    out_ptr,  # [N, K]
+    out_stride,  # row stride in units of UNIT elements
+    row_start,
+    words,  # N * K / 8
+    WORDS_PER_ROW: tl.constexpr,  # K / 8
+    WORDS_PER_BLOCK: tl.constexpr,  # blocksize / 8
+    BLOCKSIZE2: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * WORDS
+    word = tl.arange(0, WORDS)
+    mask = first + word < words
+    source = row_start.to(tl.int64) * WORDS_PER_ROW + first
+    packed = tl.load(packed_ptr + source + word, mask=mask, other=0)
+    block = (source + word) // WORDS_PER_BLOCK
+    scale = _scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, BLOCKSIZE2)
+    if CONTIGUOUS:
+        target = first * 8 + word * 8
+    else:
+        index = first.to(tl.int32) + word
+        target = (index // WORDS_PER_ROW).to(tl.int64) * (out_stride * UNIT) + (index % WORDS_PER_ROW) * 8
+    element = tl.arange(0, 8)[None, :]
+    nibble = (packed[:, None] >> ((element ^ 1) * 4)) & 15  # little-endian bytes, the high half of each first
+    value = tl.load(code_ptr + nibble) * scale[:, None]
+    tl.store(out_ptr + target[:, None] + element, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["row_start"])
+def _element_kernel(
+    packed_ptr,  # uint8 bytes of the whole weight
+    absmax_ptr,
+    code_ptr,
+    code2_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    out_ptr,  # [N, K]
+    out_stride,
+    row_start,
+    elements,  # N * K
+    K,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = index < elements
+    source = row_start.to(tl.int64) * K + index
+    byte = tl.load(packed_ptr + source // 2, mask=mask, other=0).to(tl.int32)
+    nibble = (byte >> tl.where(source % 2 == 0, 4, 0)) & 15
+    scale = _scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, source // BLOCKSIZE, mask, BLOCKSIZE2)
+    value = tl.load(code_ptr + nibble) * scale
+    target = index // K * out_stride + index % K
+    tl.store(out_ptr + target, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@custom_op("out")
+def nf4_decode(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    out: torch.Tensor,
+    code2: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    row_start: int,
+) -> None:
+    """Write rows from ``row_start`` on into ``out`` [N, K]; ``packed`` is flat uint8."""
+    N, K = out.shape
+    if out.numel() == 0:
+        return
+    stride = out.stride(0) if N > 1 else K
+    words, whole = N * K // 8, packed.numel() // 4 * 4
+    with on_device(out):
+        if K % 8 == 0 and packed.storage_offset() % 4 == 0 and words < 2**31:
+            unit = stride_unit(stride)
+            _word_kernel[(triton.cdiv(words, WORDS),)](
+                packed[:whole].view(torch.int32), absmax, code, code2, absmax2, offset, out, stride // unit, row_start,
+                words, K // 8, blocksize // 8, blocksize2, stride == K, unit, WORDS, num_warps=4,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        else:
+            _element_kernel[(triton.cdiv(N * K, ELEMENTS),)](
+                packed, absmax, code, code2, absmax2, offset, out, stride, row_start, N * K, K,
+                blocksize, blocksize2, ELEMENTS, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+def decode(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int,
+    out: torch.Tensor,
+    *,
+    nested: Nested | None = None,
+    row_start: int = 0,
+) -> None:
+    """See :func:`fastplug.ops.nf4.reference.decode`. Nothing is read back to the host."""
+    check(packed, absmax, blocksize, row_start, out, nested)
+    check_output("out", out, out.shape)
+    code2, absmax2, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
+    nf4_decode(packed.reshape(-1), absmax, code, out, code2, absmax2, offset, blocksize, blocksize2, row_start)
