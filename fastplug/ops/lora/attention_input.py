@@ -1,0 +1,179 @@
+"""From the residual stream to rotated queries and keys: norm, q/k/v projections, q/k norm and RoPE as one node.
+
+Kept for the backward: the residual stream and its 1/rms, and q, k, v as attention keeps them (with a q/k norm also
+q and k before it). The normalised input is computed again from the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastplug.ops.lora.group import Group
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The parameters of an RMSNorm but its weight: epsilon, weight offset, and whether the cast precedes the weight."""
+
+    eps: float
+    offset: float = 0.0
+    cast_first: bool = True
+
+    def kwargs(self) -> dict[str, Any]:
+        return {"offset": self.offset, "cast_first": self.cast_first}
+
+
+@dataclass(frozen=True)
+class AttentionInput:
+    """What the node needs beside tensors.
+
+    Attributes:
+        group: The q, k and v projections, in that order.
+        head_dim: Width of one head; the numbers of heads follow from the projections' shapes.
+        norm: The norm before the projections, or None if the input is normalised already.
+        qk_norm: The norm over each query and key head before RoPE, or None.
+    """
+
+    group: Group
+    head_dim: int
+    norm: Norm | None = None
+    qk_norm: Norm | None = None
+
+
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attention_input(
+    spec: AttentionInput,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [B, Hq, S, D], k and v [B, Hk, S, D] and the residual stream, for x [B, S, hidden], cos and sin [1 or B, S, R].
+
+    The residual stream comes back as an output so that its gradient is added inside the norm's backward. Use that
+    one, not x.
+    """
+    q, k, v, *stream = AttentionInputFunction.apply(
+        spec, x, cos, sin, norm_weight, q_weight, k_weight, *spec.group.tensors()
+    )
+    return q, k, v, stream[0] if stream else x
+
+
+class AttentionInputFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spec: AttentionInput,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        *tensors: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        group, ops = spec.group, spec.group.ops
+        rows = x.reshape(-1, group.in_features)
+        normed, rstd = _normed(spec, rows, norm_weight)
+        qkv, xa, masks = group.forward(normed)
+        q, k, v = _heads(spec, qkv, x.shape[:2])
+        raw_q = raw_k = None
+        if spec.qk_norm is None:
+            ops.rope.forward(q, k, cos, sin, q, k)
+        else:
+            raw_q, raw_k = q, k
+            q, k = q.new_empty(q.shape), k.new_empty(k.shape)
+            ops.rope.forward(
+                raw_q,
+                raw_k,
+                cos,
+                sin,
+                q,
+                k,
+                q_weight=q_weight,
+                k_weight=k_weight,
+                eps=spec.qk_norm.eps,
+                **spec.qk_norm.kwargs(),
+            )
+        ctx.spec = spec
+        ctx.save_for_backward(x, rstd, cos, sin, norm_weight, q_weight, k_weight, raw_q, raw_k, xa, *masks)
+        ctx.set_materialize_grads(False)
+        heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return (*heads, x) if ctx.needs_input_grad[1] else heads
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
+        spec: AttentionInput = ctx.spec
+        group, ops = spec.group, spec.group.ops
+        x, rstd, cos, sin, norm_weight, q_weight, k_weight, raw_q, raw_k, xa, *masks = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dq, dk, dv = upstream[:3]
+        dh = upstream[3] if len(upstream) > 3 else None
+        rows = x.reshape(-1, group.in_features)
+        dh = None if dh is None else dh.reshape(rows.shape)
+        if dq is None and dk is None and dv is None:
+            return None, None if dh is None else dh.view(x.shape), *([None] * (len(needs) - 2))
+
+        dqkv = torch.empty(len(rows), group.out_features, dtype=group.dtype, device=x.device)
+        dq_out, dk_out, dv_out = _heads(spec, dqkv, x.shape[:2])
+        dq = torch.zeros_like(dq_out) if dq is None else dq.transpose(1, 2)
+        dk = torch.zeros_like(dk_out) if dk is None else dk.transpose(1, 2)
+        dv_out.copy_(dv.transpose(1, 2)) if dv is not None else dv_out.zero_()
+        dq_weight = dk_weight = None
+        if spec.qk_norm is None:
+            ops.rope.backward(dq, dk, cos, sin, dq_out, dk_out)
+        else:
+            dq_weight, dk_weight = ops.rope.backward(
+                dq,
+                dk,
+                cos,
+                sin,
+                dq_out,
+                dk_out,
+                q=raw_q,
+                k=raw_k,
+                q_weight=q_weight,
+                k_weight=k_weight,
+                eps=spec.qk_norm.eps,
+                weight_grad=needs[5] or needs[6],
+                **spec.qk_norm.kwargs(),
+            )
+        d_normed, gb = group.input_gradient(dqkv, masks, needs[1] or needs[4])
+        normed = _normed(spec, rows, norm_weight)[0] if any(needs[7:]) else None
+        grads = group.parameter_gradients(dqkv, gb, normed, xa, masks, needs[7:])
+        del normed
+        dx, d_norm_weight = d_normed, None
+        if spec.norm is not None and d_normed is not None:
+            dx, d_norm_weight = ops.rms_norm.backward(
+                d_normed, rows, rstd, norm_weight, dh=dh, weight_grad=needs[4], **spec.norm.kwargs()
+            )
+        elif dx is not None:
+            dx = dx.to(x.dtype) if dh is None else dx + dh
+        dx = dx.view(x.shape) if dx is not None and needs[1] else None
+        return None, dx, None, None, d_norm_weight, dq_weight, dk_weight, *grads
+
+
+def _normed(
+    spec: AttentionInput, rows: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The projections' input in the compute dtype, and 1/rms."""
+    if spec.norm is None:
+        return rows.to(spec.group.dtype), None
+    normed, _, rstd = spec.group.ops.rms_norm.forward(
+        rows, weight, spec.norm.eps, out_dtype=spec.group.dtype, **spec.norm.kwargs()
+    )
+    return normed, rstd
+
+
+def _heads(spec: AttentionInput, qkv: torch.Tensor, shape: tuple[int, ...]) -> Three:
+    """Views [B, S, heads, head_dim] of q, k and v in the joint buffer [B·S, out_features]."""
+    widths = [p.shape[0] for p in spec.group.projections]
+    q, k, v = (part.view(*shape, -1, spec.head_dim) for part in qkv.view(*shape, -1).split(widths, dim=-1))
+    return q, k, v

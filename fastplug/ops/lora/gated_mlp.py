@@ -1,0 +1,133 @@
+"""A gated MLP with its norm and residual adds as one node.
+
+h = x + residual, n = norm(h), out = h + down(act(gate(n)) · up(n)).
+
+Kept for the backward: h, its 1/rms, gate and up. The normalised input and the activation are computed again, each in
+the pass that needs it anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastplug.ops.lora.attention_input import Norm
+from fastplug.ops.lora.group import Group
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """What the node needs beside tensors.
+
+    Attributes:
+        gate_up: The gate and up projections, in that order.
+        down: The down projection, a group of one.
+        activation: ``silu``, ``gelu`` or ``gelu_tanh``.
+        norm: The norm before gate and up, or None if the input is normalised already (and nothing is added).
+    """
+
+    gate_up: Group
+    down: Group
+    activation: str
+    norm: Norm | None = None
+
+
+def gated_mlp(
+    spec: GatedMLP,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The MLP of x [..., hidden] (without a norm), or of norm(x + residual) with both residual adds (with one).
+
+    Returns [..., hidden]: in the residual stream's dtype with a norm, in the compute dtype without.
+    """
+    tensors = (*spec.gate_up.tensors(), *spec.down.tensors())
+    out: torch.Tensor = GatedMLPFunction.apply(spec, x, residual, norm_weight, *tensors)
+    return out
+
+
+class GatedMLPFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spec: GatedMLP,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
+        rows = x.reshape(-1, spec.gate_up.in_features)
+        rstd = None
+        if spec.norm is None:
+            h, normed = rows, rows.to(dtype)
+        else:
+            residual_rows = None if residual is None else residual.reshape(rows.shape)
+            if residual_rows is not None and rows.dtype != residual_rows.dtype:
+                rows = rows.to(residual_rows.dtype)  # an fp32 residual stream under autocast
+            normed, h, rstd = ops.rms_norm.forward(
+                rows, norm_weight, spec.norm.eps, residual=residual_rows, out_dtype=dtype, **spec.norm.kwargs()
+            )
+        gate_up, gate_up_xa, gate_up_masks = spec.gate_up.forward(normed)
+        del normed
+        gate, up = gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
+        hidden = torch.empty(len(rows), up.shape[1], dtype=dtype, device=x.device)
+        ops.glu.forward(gate, up, spec.activation, hidden)
+        start = h.clone() if spec.norm is not None and h.dtype == dtype else None
+        out, down_xa, down_masks = spec.down.forward(hidden, out=start)
+        if spec.norm is not None and start is None:
+            out = h + out
+        ctx.spec, ctx.shapes = spec, (x.shape, x.dtype, None if residual is None else residual.dtype)
+        ctx.counts = len(gate_up_masks)
+        ctx.save_for_backward(h, rstd, norm_weight, gate_up, gate_up_xa, down_xa, *gate_up_masks, *down_masks)
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
+        spec: GatedMLP = ctx.spec
+        ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
+        h, rstd, norm_weight, gate_up, gate_up_xa, down_xa, *masks = ctx.saved_tensors
+        gate_up_masks, down_masks = masks[: ctx.counts], masks[ctx.counts :]
+        needs = ctx.needs_input_grad
+        shape, x_dtype, residual_dtype = ctx.shapes
+        inner = 4 + len(spec.gate_up.tensors())
+        needs_input = needs[1] or needs[2] or needs[3]
+
+        stream = g.reshape(h.shape)
+        g = stream.to(dtype)
+        gate, up = gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
+        # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
+        d_hidden, gb = spec.down.input_gradient(g, down_masks, True)
+        assert d_hidden is not None
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
+        hidden = torch.empty_like(d_hidden) if any(needs[inner:]) else None
+        ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden)
+        del d_hidden
+        down_grads = spec.down.parameter_gradients(g, gb, hidden, down_xa, down_masks, needs[inner:])
+        del hidden
+
+        d_normed, gb = spec.gate_up.input_gradient(d_gate_up, gate_up_masks, needs_input)
+        normed = None
+        if any(needs[4:inner]):
+            normed = h.to(dtype)
+            if spec.norm is not None:
+                normed, _, _ = ops.rms_norm.forward(
+                    h, norm_weight, spec.norm.eps, out_dtype=dtype, **spec.norm.kwargs()
+                )
+        gate_up_grads = spec.gate_up.parameter_gradients(
+            d_gate_up, gb, normed, gate_up_xa, gate_up_masks, needs[4:inner]
+        )
+        del d_gate_up
+        dx, d_norm_weight = d_normed, None
+        if spec.norm is not None and d_normed is not None:
+            dx, d_norm_weight = ops.rms_norm.backward(
+                d_normed, h, rstd, norm_weight, dh=stream, weight_grad=needs[3], **spec.norm.kwargs()
+            )
+        dx = None if dx is None else dx.view(shape)
+        d_residual = dx.to(residual_dtype) if dx is not None and needs[2] and residual_dtype is not None else None
+        d_input = dx.to(x_dtype) if dx is not None and needs[1] else None
+        return None, d_input, d_residual, d_norm_weight, *gate_up_grads, *down_grads

@@ -1,0 +1,39 @@
+"""One projection with its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastplug.ops.lora.group import Group
+
+
+def lora_linear(group: Group, x: torch.Tensor) -> torch.Tensor:
+    """The projection of a group of one, for x [..., in_features]; returns [..., out_features] in the group's dtype.
+
+    The backward keeps x as it was given, which for an output projection is what attention keeps anyway.
+    """
+    out: torch.Tensor = LoRALinear.apply(group, x, *group.tensors())
+    return out
+
+
+class LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, x: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
+        rows = x.reshape(-1, group.in_features).to(group.dtype)
+        out, xa, masks = group.forward(rows)
+        ctx.save_for_backward(x, xa, *masks)
+        ctx.group = group
+        return out.view(*x.shape[:-1], group.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
+        group: Group = ctx.group
+        x, xa, *masks = ctx.saved_tensors
+        needs_dx, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        rows = x.reshape(-1, group.in_features).to(group.dtype)
+        g = g.reshape(-1, group.out_features).to(group.dtype)
+        dx, gb = group.input_gradient(g, masks, needs_dx)
+        grads = group.parameter_gradients(g, gb, rows, xa, masks, needs)
+        return None, None if dx is None else dx.view(x.shape).to(x.dtype), *grads

@@ -1,0 +1,85 @@
+"""The options of fastplug: one frozen dataclass, the same keys as Python keywords, YAML keys and CLI flags."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from fastplug.errors import OptionError
+
+Role = Literal["decoder_layer", "attention", "mlp", "norm", "lm_head_loss"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What fastplug may do to a model.
+
+    Attributes:
+        strict: Raise :class:`~fastplug.errors.StrictError` when nothing could be patched or any site was refused.
+        disable: Roles to leave alone, out of ``decoder_layer``, ``attention``, ``mlp``, ``norm``, ``lm_head_loss``.
+        kernels: ``"auto"`` takes Triton where the device has it and the PyTorch references elsewhere;
+            ``"triton"`` and ``"reference"`` force one of them.
+        attention: ``"auto"`` lets an ``sdpa`` model use the fastest exact backend of its GPU for purely causal masks;
+            ``"host"`` leaves the choice to PyTorch.
+        residual_dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` casts the residual stream as it enters the
+            decoder layers; None keeps the host's. (PEFT's ``prepare_model_for_kbit_training`` makes it float32.)
+        plugins: Whether packages that register the entry-point group ``fastplug`` take part.
+    """
+
+    strict: bool = False
+    disable: tuple[Role, ...] = ()
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    attention: Literal["auto", "host"] = "auto"
+    residual_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    plugins: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.disable, str):
+            object.__setattr__(self, "disable", (self.disable,))
+        object.__setattr__(self, "disable", tuple(self.disable))
+        for role in self.disable:
+            _require_one_of("disable", role, ROLES)
+        for name in ("strict", "plugins"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"fastplug: {name} must be true or false, not {getattr(self, name)!r}")
+        _require_one_of("kernels", self.kernels, ("auto", "triton", "reference"))
+        _require_one_of("attention", self.attention, ("auto", "host"))
+        _require_one_of("residual_dtype", self.residual_dtype, ("bfloat16", "float16", "float32", None))
+
+    @classmethod
+    def of(cls, options: Options | Mapping[str, Any] | None = None, **overrides: Any) -> Options:
+        """Options from an instance, a mapping (say from YAML) or nothing, with keyword overrides.
+
+        Raises:
+            OptionError: For an unknown key, naming the nearest known one, or an impossible value.
+        """
+        if isinstance(options, Options):
+            given: dict[str, Any] = {}
+        elif options is None or isinstance(options, Mapping):
+            given = dict(options or {})
+            options = cls()
+        else:
+            raise OptionError(f"fastplug: options must be fastplug.Options or a mapping, not {type(options).__name__}")
+        given.update(overrides)
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known options: {', '.join(known)}"
+                raise OptionError(f"fastplug: unknown option {key!r}; {hint}")
+        return replace(options, **given)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain values, for JSON and YAML."""
+        return asdict(self)
+
+
+def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"fastplug: {name} cannot be {value!r}; one of {', '.join(map(repr, allowed))}")
+
+
+__all__ = ["ROLES", "Options", "Role"]

@@ -1,0 +1,1 @@
+"""The engine: walk (model -> sites), choose (site -> implementation or reason), bind, report, undo."""

@@ -1,0 +1,50 @@
+"""What the fast forwards share: reading groups of projections, and when to leave a call alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastplug.ops.lora.group import Group, Projection
+from fastplug.patching.inspection import global_hooks, intercepted
+from fastplug.patching.projection import compute_dtype, read
+from fastplug.patching.sites import Runtime
+
+
+def read_projections(module: nn.Module, names: tuple[str, ...], runtime: Runtime) -> list[Projection] | str:
+    """The named projections of a module, or why one of them is not covered."""
+    projections: list[Projection] = []
+    for name in names:
+        projection = read(getattr(module, name), runtime)
+        if isinstance(projection, str):
+            return f"{name} {projection}"
+        projections.append(projection)
+    return projections
+
+
+def read_group(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, runtime: Runtime) -> Group | str:
+    """The named projections as one group, in the dtype in which projections of x are computed."""
+    projections = read_projections(module, names, runtime)
+    if isinstance(projections, str):
+        return projections
+    dtype = compute_dtype(x, [getattr(module, name) for name in names], runtime)
+    return dtype if isinstance(dtype, str) else Group(projections, dtype, runtime.ops)
+
+
+def small_inference(x: torch.Tensor) -> bool:
+    """Whether this call is a step of a generation: no gradients and one token, or few, per sequence.
+
+    The original forward is left to it: a library's own small-batch kernels (bitsandbytes') are faster there.
+    """
+    return not torch.is_grad_enabled() and x.shape[-2] < 64
+
+
+def interception(module: nn.Module, parts: tuple[str, ...]) -> str | None:
+    """Why running the fused path would skip something attached to the named parts of a module."""
+    if global_hooks():
+        return "hooks for all modules are registered"
+    for part in parts:
+        reason = intercepted(getattr(module, part))
+        if reason is not None:
+            return f"{part} has {reason}"
+    return None

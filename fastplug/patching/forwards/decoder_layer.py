@@ -1,0 +1,62 @@
+"""A decoder layer as one residual stream: norm, attention, residual add and norm, gated MLP, residual add.
+
+Where the layer as a whole is not covered, its original forward runs and calls its parts, which are patched as sites of
+their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastplug.ops.lora.gated_mlp import gated_mlp
+from fastplug.patching.forwards import attention as attention_forward
+from fastplug.patching.forwards import mlp as mlp_forward
+from fastplug.patching.forwards.blocks import interception, small_inference
+from fastplug.patching.norms import read_norm
+from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
+
+
+def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
+    kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
+    x: torch.Tensor = kwargs.pop("hidden_states")
+    if small_inference(x):
+        return NotCovered()
+    family, runtime = binding.family, binding.runtime
+    if runtime.options.residual_dtype is not None:
+        x = x.to(getattr(torch, runtime.options.residual_dtype))
+    attention, mlp = getattr(layer, family.attention_name), getattr(layer, family.mlp_name)
+    reason = interception(layer, (family.attention_name, family.mlp_name)) or interception(mlp, (family.activation,))
+    if reason is not None:
+        return NotCovered(reason)
+    before, after = (read_norm(getattr(layer, name), family) for name in (family.input_norm, family.post_norm))
+    if isinstance(before, str) or isinstance(after, str):
+        return NotCovered(f"a norm {before if isinstance(before, str) else after}")
+    # Both plans are made before anything runs: a cache must not be updated twice, nor random numbers drawn twice.
+    attention_plan = attention_forward.plan(attention, family, runtime, x, before, kwargs)
+    if isinstance(attention_plan, str):
+        return NotCovered(attention_plan)
+    mlp_plan = mlp_forward.plan(mlp, family, runtime, x, after[1])
+    if isinstance(mlp_plan, str):
+        return NotCovered(mlp_plan)
+    mixed, stream, weights = attention_forward.run(attention_plan, attention, family, runtime, x, kwargs)
+    out = gated_mlp(mlp_plan, mixed, stream, after[0])
+    return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
+
+
+def refuse(site: Site, runtime: Runtime) -> str | None:
+    layer, family = site.module, site.family
+    for name in (family.input_norm, family.post_norm):
+        found = read_norm(getattr(layer, name), family)
+        if isinstance(found, str):
+            return f"{name} {found}"
+    for name, part in ((family.attention_name, attention_forward), (family.mlp_name, mlp_forward)):
+        reason = part.refuse(Site(name, name, getattr(layer, name), family), runtime)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+IMPLEMENTATION = Implementation("decoder_layer", "fused layer", forward, refuse)

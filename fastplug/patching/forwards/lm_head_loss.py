@@ -1,0 +1,140 @@
+"""The head and its cross entropy, without holding the logits: the forward of a ``...ForCausalLM``.
+
+Runs where the model is asked for a loss. The logits that come with it are lazy: see ``lazy_logits.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastplug.ops.linear_cross_entropy import linear_cross_entropy
+from fastplug.patching.forwards.lazy_logits import LazyLogits
+from fastplug.patching.inspection import global_hooks
+from fastplug.patching.projection import read
+from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
+
+
+def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
+    kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
+    labels, shift_labels = kwargs.pop("labels", None), kwargs.get("shift_labels")
+    if labels is None:
+        return NotCovered()  # the caller wants logits: generation, label smoothing, a loss of its own
+    reason = _not_covered(model, kwargs)
+    if reason is not None:
+        return NotCovered(reason)
+    family, config = binding.family, model.config
+    kwargs.pop("logits_to_keep", None)
+    if kwargs.get("use_cache") is None and torch.is_grad_enabled() and model.training:
+        kwargs["use_cache"] = False  # nobody reads the cache of a training step, and it would hold k and v
+    outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[arg-type]
+    hidden = outputs[0]
+    head: nn.Module = getattr(model, family.head)
+    parts = head_weight(head, hidden, binding.runtime)
+    assert not isinstance(parts, str)
+    features, weight, bias = parts
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=kwargs.get("ignore_index", -100))[..., 1:]
+    result = linear_cross_entropy(
+        features.reshape(-1, features.shape[-1]),
+        weight,
+        shift_labels.reshape(-1).to(features.device),
+        bias,
+        num_items=kwargs.get("num_items_in_batch"),
+        ignore_index=kwargs.get("ignore_index", -100),
+        softcap=family.logit_softcap(config),
+        logit_scale=family.logit_scale(config),
+        implementation=binding.runtime.ops.logprobs,
+    )
+    output_class = sys.modules[family.module].CausalLMOutputWithPast
+    return output_class(
+        loss=result.loss,
+        logits=_lazy(head, hidden, weight, family.logit_softcap(config), family.logit_scale(config)),
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+def _not_covered(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+    keep = kwargs.get("logits_to_keep", 0)
+    if isinstance(keep, torch.Tensor) or keep:
+        return "logits_to_keep was given with labels"
+    if kwargs.get("return_dict", getattr(model.config, "return_dict", True)) is False:
+        return "return_dict=False"
+    loss_function = getattr(model, "loss_function", None)
+    if getattr(loss_function, "__name__", None) != "ForCausalLMLoss":
+        return "the model has a loss function of its own"
+    if global_hooks():
+        return "hooks for all modules are registered"
+    return None
+
+
+def head_weight(
+    head: nn.Module, hidden: torch.Tensor, runtime: Runtime
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | str:
+    """(features, weight, bias) such that features @ weightᵀ + bias are the head's logits, or why there are none.
+
+    An adapter on the head makes the features [hidden, s · dropout(hidden) Aᵀ] and the weight [W, B] wider by its rank.
+    """
+    projection = read(head, runtime)
+    if isinstance(projection, str):
+        return f"the head {projection}"
+    if projection.trained is not None:
+        weight: torch.Tensor = projection.trained
+    else:
+        encoded = projection.read()
+        dense = encoded.dense(encoded.tensors[0].dtype)
+        if dense is None:
+            dense = hidden.new_empty(encoded.shape)
+            encoded.decode(dense, runtime.ops)
+        weight = dense
+    if projection.a is None or projection.b is None:
+        return hidden, weight, projection.bias
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else weight.dtype
+    dropped = F.dropout(hidden, projection.dropout).to(dtype)
+    update = F.linear(dropped, projection.a.to(dtype)) * projection.scaling
+    return (
+        torch.cat((hidden.to(dtype), update), dim=-1),
+        torch.cat((weight.to(dtype), projection.b.to(dtype)), dim=-1),
+        projection.bias,
+    )
+
+
+def _lazy(
+    head: nn.Module, hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, scale: float
+) -> LazyLogits:
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    grad = torch.is_grad_enabled()
+    autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def compute() -> torch.Tensor:
+        with torch.set_grad_enabled(grad), torch.autocast(hidden.device.type, autocast_dtype, enabled=autocast):
+            logits = head(hidden)
+            logits = logits if scale == 1.0 else logits * scale
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return logits.float() if autocast else logits  # as accelerate hands them on under autocast
+
+    dtype = torch.float32 if autocast else hidden.dtype
+    return LazyLogits(compute, torch.Size((*hidden.shape[:-1], weight.shape[0])), dtype)
+
+
+def refuse(site: Site, runtime: Runtime) -> str | None:
+    head = getattr(site.module, site.family.head, None)
+    if head is None:
+        return f"it has no {site.family.head}"
+    projection = read(head, runtime)
+    if isinstance(projection, str):
+        return f"{site.family.head} {projection}"
+    prefix = getattr(site.module, "base_model_prefix", None)
+    if not prefix or not hasattr(site.module, prefix):
+        return "it has no base model"
+    return None
+
+
+IMPLEMENTATION = Implementation("lm_head_loss", "linear cross entropy", forward, refuse)

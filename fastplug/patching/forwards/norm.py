@@ -1,0 +1,38 @@
+"""RMSNorm as one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastplug.ops.rms_norm.autograd import rms_norm
+from fastplug.patching.norms import read_norm
+from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
+
+
+def forward(module: nn.Module, binding: Binding, hidden_states: torch.Tensor) -> Any:
+    found = read_norm(module, binding.family)
+    if isinstance(found, str):
+        return NotCovered(f"norm {found}")
+    weight, norm = found
+    if hidden_states.dtype != weight.dtype:
+        return NotCovered("the weight's dtype is not that of the residual stream")
+    return rms_norm(
+        hidden_states, weight, norm.eps, norm.offset, norm.cast_first, implementation=binding.runtime.ops.rms_norm
+    )
+
+
+def refuse(site: Site, runtime: Runtime) -> str | None:
+    found = read_norm(site.module, site.family)
+    return f"it {found}" if isinstance(found, str) else None
+
+
+def left_alone(site: Site, runtime: Runtime) -> str | None:
+    if runtime.ops.names.get("rms_norm") == "reference":
+        return "without a kernel for this device PyTorch's own norm is as fast"
+    return None
+
+
+IMPLEMENTATION = Implementation("norm", "fused norm", forward, refuse, left_alone)

@@ -1,0 +1,123 @@
+"""What the engine talks about: sites, the implementations that can serve them, and the runtime they share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastplug.families import Family
+from fastplug.ops.table import OpTable
+from fastplug.options import Options
+
+if TYPE_CHECKING:
+    from fastplug.patching.report import Report
+    from fastplug.quant import Codec
+
+KEY = "_fastplug"  # the one attribute that a patched instance carries
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that could be patched: its role, its name in the model, and the row that describes it."""
+
+    role: str
+    name: str
+    module: nn.Module
+    family: Family
+
+
+@dataclass
+class Runtime:
+    """What all bindings of one ``apply`` share."""
+
+    options: Options
+    ops: OpTable
+    codecs: Sequence[Codec]
+    codec_of: dict[type, Any] = field(default_factory=dict)
+
+    def codec(self, linear: nn.Module) -> Codec | None:
+        """The codec responsible for a linear module, decided once per class; the last one registered wins."""
+        kind = type(linear)
+        if kind not in self.codec_of:
+            matching = [codec for codec in self.codecs if codec.matches(linear)]
+            self.codec_of[kind] = matching[-1] if matching else None
+        return self.codec_of[kind]  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        return self  # holds no state of the model
+
+
+@dataclass(frozen=True)
+class NotCovered:
+    """What a fast forward answers when it leaves a call to the original one.
+
+    ``reason`` is None where that is the plan and not a loss (a single-token step of a generation, say).
+    """
+
+    reason: str | None = None
+
+
+@dataclass
+class Binding:
+    """What a patched module carries: its original class and what its forward needs."""
+
+    base: type[nn.Module]
+    site_name: str
+    family: Family
+    runtime: Runtime
+    implementation: str
+    report: Report
+    parameters: tuple[str, ...]  # the names of the original forward's parameters, self left out
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        from copy import deepcopy
+
+        return Binding(
+            self.base,
+            self.site_name,
+            self.family,
+            self.runtime,
+            self.implementation,
+            deepcopy(self.report, memo),
+            self.parameters,
+            Counter(self.fallbacks),
+        )
+
+
+FastForward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A forward that can replace that of a module with ``role``.
+
+    Attributes:
+        role: The role it serves.
+        name: Its name in the report.
+        forward: ``forward(module, binding, *args, **kwargs)``: the module's result, or :class:`NotCovered`, in which
+            case the module's original forward runs on the same arguments.
+        refuse: Given a site and the runtime, the reason why it cannot serve the site, or None.
+        left_alone: Given a site and the runtime, why patching it would gain nothing there, or None.
+        priority: The highest that neither refuses nor leaves alone wins; the built-ins have 0.
+    """
+
+    role: str
+    name: str
+    forward: FastForward
+    refuse: Callable[[Site, Runtime], str | None] = lambda site, runtime: None
+    left_alone: Callable[[Site, Runtime], str | None] = lambda site, runtime: None
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one implementation answered for one site: ``status`` is patched, refused or left alone."""
+
+    implementation: Implementation
+    status: str
+    reason: str | None = None

@@ -1,0 +1,61 @@
+"""The contract of a weight format.
+
+A codec reads a frozen weight from its module as a tuple of plain tensors and decodes it into a buffer of the caller.
+It keeps no side object: tensors can be sharded, moved and re-read after an unshard, a library's state object cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastplug.ops.table import OpTable
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A weight of ``shape`` [out_features, in_features] as ``codec`` stores it.
+
+    Attributes:
+        codec: The format.
+        tensors: The stored tensors (packed values, scales, nested scales), in the codec's own order.
+        shape: (out_features, in_features) of the decoded weight.
+        layout: What else the codec needs to decode: block sizes and such, plain values only.
+    """
+
+    codec: Codec
+    tensors: tuple[torch.Tensor, ...]
+    shape: tuple[int, int]
+    layout: tuple[Any, ...] = ()
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The weight itself where it is stored densely (cast if need be), None where it has to be decoded."""
+        return self.codec.dense(self, dtype)
+
+    def decode(self, out: torch.Tensor, ops: OpTable, row_start: int = 0) -> None:
+        """Decode rows ``row_start .. row_start + len(out)`` into ``out`` [rows, in_features], unit column stride."""
+        self.codec.decode(self, out, ops, row_start)
+
+
+class Codec(Protocol):
+    """How one weight format is recognised, read, decoded."""
+
+    name: str
+
+    def matches(self, linear: nn.Module) -> bool:
+        """Whether this codec is responsible for the type of ``linear``. Asked once per class."""
+
+    def read(self, linear: nn.Module) -> EncodedWeight | str:
+        """The weight as it is now, or the reason why it cannot be read. Cheap: called at every step."""
+
+    def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the owning library multiplies an input of ``dtype`` outside autocast."""
+
+    def dense(self, weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor | None:
+        """See :meth:`EncodedWeight.dense`."""
+
+    def decode(self, weight: EncodedWeight, out: torch.Tensor, ops: OpTable, row_start: int = 0) -> None:
+        """See :meth:`EncodedWeight.decode`."""
