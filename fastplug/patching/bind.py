@@ -8,6 +8,7 @@ class is made because transformers wraps it there for gradient checkpointing.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable
@@ -18,6 +19,33 @@ from torch import nn
 from fastplug.patching.sites import KEY, Binding, FastForward, NotCovered
 
 MARK = "_fastplug_base"  # set on the subclasses only
+
+
+class _Class:
+    """A class that deep-copies as the patched one and pickles as the original.
+
+    Both go through ``__reduce_ex__``. A ``__deepcopy__`` method cannot tell them apart: PEFT's models forward unknown
+    attributes to the model inside, so copying the outer one would find it and copy the inner one.
+    """
+
+    def __init__(self, base: type, patched: type) -> None:
+        self.base, self.patched = base, patched
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> type:
+        return self.patched
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self.base,)  # a class copies as itself: this loads where fastplug is not installed
+
+
+class _State(dict[str, Any]):
+    """An instance's state that deep-copies whole and pickles without the binding."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {key: copy.deepcopy(value, memo) for key, value in self.items()}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, ({key: value for key, value in self.items() if key != KEY},)
 
 
 @functools.cache
@@ -38,18 +66,12 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
         return result
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        """Pickle as the original class, so that the file loads where fastplug is not installed."""
-        reduced = list(super(cls, self).__reduce_ex__(protocol))  # type: ignore[misc]
-        reduced[1] = tuple(base if argument is type(self) else argument for argument in reduced[1])
-        if len(reduced) > 2 and isinstance(reduced[2], dict):
-            reduced[2] = {key: value for key, value in reduced[2].items() if key != KEY}
-        return tuple(reduced)
+        state = super(cls, self).__reduce_ex__(protocol)[2]  # type: ignore[misc]
+        return copyreg._reconstructor, (_Class(base, type(self)), object, None), _State(state)
 
-    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> Any:
-        """Copy patched: the default copy would go through __reduce_ex__ and come out unpatched."""
+    def __copy__(self: nn.Module) -> Any:
         twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        twin.__dict__.update(self.__dict__)
         return twin
 
     namespace = {
@@ -58,7 +80,7 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
-        "__deepcopy__": __deepcopy__,
+        "__copy__": __copy__,
         MARK: base,
     }
     cls: type[nn.Module] = type(base.__name__, (base,), namespace)
@@ -72,7 +94,10 @@ def bind(module: nn.Module, binding: Binding, fast: FastForward) -> None:
 
 
 def unbind(module: nn.Module) -> bool:
-    """Give one instance back; whether it was patched. A class derived from ours (FSDP2's) stays but runs the original."""
+    """Give one instance back and say whether it was patched.
+
+    A class derived from ours (FSDP2's) stays: its forward then runs the original.
+    """
     if module.__dict__.pop(KEY, None) is None:
         return False
     base = type(module).__dict__.get(MARK)

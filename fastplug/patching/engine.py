@@ -103,7 +103,10 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
 
 
 def undo(model: nn.Module) -> Report | None:
-    """Give a patched model back bit for bit; needs no handle, works on deep copies. Returns the report, None if unpatched."""
+    """Give a patched model back bit for bit. Needs no handle, so it works on deep copies too.
+
+    Returns the last report, or None if nothing was patched.
+    """
     _require_module(model, "undo")
     bindings = _bindings(model)
     if not bindings:

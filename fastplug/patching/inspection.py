@@ -50,7 +50,10 @@ def _only_idle_recorders(hooks: object) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Why a site's forward is not the one its family row describes: Liger, Unsloth, TRL, accelerate or a user put another."""
+    """Why a site's forward is not the one its family row describes.
+
+    Liger, Unsloth, TRL, accelerate or the user put another in its place.
+    """
     if getattr(module, "_hf_hook", None) is not None:
         return "accelerate's device hooks move its inputs or weights (it is dispatched over devices or offloaded)"
     if intercepted(module) == "a forward that was set on the instance":

@@ -212,7 +212,8 @@ class Group:
         for i, p in enumerate(self.projections):
             part = g[:, row : row + p.shape[0]]
             if needs[i * PER_PROJECTION]:
-                assert x is not None and p.trained is not None
+                assert x is not None
+                assert p.trained is not None
                 grads[i * PER_PROJECTION] = mm(part.t(), x, p.trained.dtype)
             if needs[i * PER_PROJECTION + 1]:
                 assert p.bias is not None
@@ -233,7 +234,8 @@ class Group:
         index = {id(p): i * PER_PROJECTION for i, p in enumerate(self.projections)}
         shared_da: torch.Tensor | None = None
         for j, (p, rows, columns) in enumerate(self._blocks()):
-            assert p.a is not None and p.b is not None
+            assert p.a is not None
+            assert p.b is not None
             i = index[id(p)]
             if needs[i + 2]:
                 assert x is not None

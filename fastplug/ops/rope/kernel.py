@@ -116,6 +116,7 @@ def _backward_heads(
     HALF: tl.constexpr,
     REST: tl.constexpr,
     COPY_REST: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -151,15 +152,17 @@ def _backward_heads(
             rstd = tl.where(head_mask, rstd, 0.0)
             a *= rstd
             b *= rstd
-            dwa += tl.sum(ga * a, axis=0)[None, :]
-            dwb += tl.sum(gb * b, axis=0)[None, :]
+            if WEIGHT_GRAD:
+                dwa += tl.sum(ga * a, axis=0)[None, :]
+                dwb += tl.sum(gb * b, axis=0)[None, :]
             ga *= offset + wa
             gb *= offset + wb
             dot = tl.sum(ga * a, axis=1) + tl.sum(gb * b, axis=1)
             if COPY_REST:
                 w = tl.load(weight_ptr + 2 * HALF + rest_cols, mask=rest_cols < REST, other=0.0).to(tl.float32)
                 rest *= rstd
-                dwr += tl.sum(gr * rest, axis=0)[None, :]
+                if WEIGHT_GRAD:
+                    dwr += tl.sum(gr * rest, axis=0)[None, :]
                 gr *= offset + w
                 dot += tl.sum(gr * rest, axis=1)
             mean = (dot / (2 * HALF + REST))[:, None]
@@ -290,7 +293,7 @@ def _backward_kernel(
             dq_ptr + (b * dq_b + s * dq_s) * UNIT, dq_out_ptr + (b * dq_out_b + s * dq_out_s) * UNIT,
             None if q_ptr is None else q_ptr + (b * q_b + s * q_s) * UNIT, q_weight_ptr,
             dq_h * UNIT, dq_out_h * UNIT, q_h * UNIT, cos, sin, eps, offset,
-            Q_HEADS, HALF, REST, Q_COPY_REST, INTERLEAVED, BLOCK_Q, BLOCK, BLOCK_REST,
+            Q_HEADS, HALF, REST, Q_COPY_REST, partial_ptr is not None, INTERLEAVED, BLOCK_Q, BLOCK, BLOCK_REST,
         )  # fmt: skip
         q_dwa += dwa
         q_dwb += dwb
@@ -299,7 +302,7 @@ def _backward_kernel(
             dk_ptr + (b * dk_b + s * dk_s) * UNIT, dk_out_ptr + (b * dk_out_b + s * dk_out_s) * UNIT,
             None if k_ptr is None else k_ptr + (b * k_b + s * k_s) * UNIT, k_weight_ptr,
             dk_h * UNIT, dk_out_h * UNIT, k_h * UNIT, cos, sin, eps, offset,
-            K_HEADS, HALF, REST, K_COPY_REST, INTERLEAVED, BLOCK_K, BLOCK, BLOCK_REST,
+            K_HEADS, HALF, REST, K_COPY_REST, partial_ptr is not None, INTERLEAVED, BLOCK_K, BLOCK, BLOCK_REST,
         )  # fmt: skip
         k_dwa += dwa
         k_dwb += dwb
@@ -311,25 +314,22 @@ def _backward_kernel(
         _store_partial(partial_ptr + D, k_dwa, k_dwb, k_dwr, HALF, REST, BLOCK, BLOCK_REST, INTERLEAVED)
 
 
-def tile(heads: int, half: int) -> tuple[int, int]:
-    """``(heads, warps)`` of one tile of [heads, half] pairs: at most 2048 pairs, 16 a thread, up to 4 warps."""
-    block = min(power_of_2(heads), max(1, 2048 // power_of_2(half)))
-    return block, min(4, max(1, block * power_of_2(half) // 512))
+def tile(heads: int, half: int) -> int:
+    """Heads of one tile of [heads, half] pairs: all of them, up to 2048 pairs."""
+    return min(power_of_2(heads), max(1, 2048 // power_of_2(half)))
 
 
-def _shape(q: torch.Tensor, k: torch.Tensor, rotary: int) -> dict[str, int]:
-    half, D = rotary // 2, q.shape[-1]
-    block = power_of_2(half)
-    block_q, q_warps = tile(q.shape[2], half)
-    block_k, k_warps = tile(k.shape[2], half)
-    warps = max(q_warps, k_warps)
+def _shape(q: torch.Tensor, k: torch.Tensor, rotary: int, pairs_per_warp: int = 512) -> dict[str, int]:
+    half, rest = rotary // 2, q.shape[-1] - rotary // 2 * 2
+    block, block_rest = power_of_2(half), power_of_2(rest)
+    block_q, block_k = tile(q.shape[2], half), tile(k.shape[2], half)
+    warps = min(8, power_of_2(max(block_q, block_k) * (block + block_rest // 2) // pairs_per_warp))
     # A tile with fewer elements than threads is computed by several warps at once, and in place one of them could
     # read what another has already written: masked heads fill the tile instead.
     fill = max(1, 32 * warps // block)
     return {
-        "Q_HEADS": q.shape[2], "K_HEADS": k.shape[2], "HALF": half, "REST": D - 2 * half,
-        "BLOCK_Q": max(block_q, fill), "BLOCK_K": max(block_k, fill), "BLOCK": block,
-        "BLOCK_REST": power_of_2(D - 2 * half), "num_warps": warps,
+        "Q_HEADS": q.shape[2], "K_HEADS": k.shape[2], "HALF": half, "REST": rest, "BLOCK_Q": max(block_q, fill),
+        "BLOCK_K": max(block_k, fill), "BLOCK": block, "BLOCK_REST": block_rest, "num_warps": warps,
     }  # fmt: skip
 
 
@@ -396,7 +396,8 @@ def rope_backward(
     B, S = dq.shape[:2]
     if B * S == 0:
         return
-    shape = _shape(dq, dk, cos.shape[-1])
+    normed = q_weight is not None or k_weight is not None
+    shape = _shape(dq, dk, cos.shape[-1], 256 if normed else 512)  # the norm keeps twice as much in registers
     strides, unit = _strides([dq, dk, dq_out, dk_out, q, k], cos)
     rest = shape["REST"] > 0
     with on_device(dq):

@@ -41,7 +41,7 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     mlp_plan = mlp_forward.plan(mlp, family, runtime, x, after[1])
     if isinstance(mlp_plan, str):
         return NotCovered(mlp_plan)
-    mixed, stream, weights = attention_forward.run(attention_plan, attention, family, runtime, x, kwargs)
+    mixed, stream, _ = attention_forward.run(attention_plan, attention, family, runtime, x, kwargs)
     out = gated_mlp(mlp_plan, mixed, stream, after[0])
     return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
 
