@@ -1,0 +1,27 @@
+"""Exporters: what ``fastplug.export(model, path, format=...)`` can write.
+
+A format is one :class:`Exporter`: its name, one line about it, and a function. The built-in ones stand in
+:data:`BUILTIN`; another package adds its own through the hook ``fastplug_exporters``. What formats share is here too:
+:mod:`~fastplug.exporters.tensors` (the merged model as a lazy list of tensors), ``safetensors_stream`` (a writer that
+holds one tensor) and ``folder`` (a folder that appears whole or not at all).
+"""
+
+from __future__ import annotations
+
+from fastplug.exporters.api import Exporter, ExportError, ExportResult
+from fastplug.exporters.lora import lora
+from fastplug.exporters.merged import merged_16bit
+from fastplug.manager import hookimpl
+
+BUILTIN: tuple[Exporter, ...] = (
+    Exporter("merged_16bit", "the model with its adapter merged in: bf16 or fp16 safetensors", merged_16bit),
+    Exporter("lora", "the adapter alone, in PEFT's layout", lora),
+)
+
+
+@hookimpl
+def fastplug_exporters() -> tuple[Exporter, ...]:
+    return BUILTIN
+
+
+__all__ = ["BUILTIN", "ExportError", "ExportResult", "Exporter"]

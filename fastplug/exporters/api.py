@@ -1,0 +1,50 @@
+"""What an exporter is, what it returns, and how it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastplug.errors import FastPlugError
+
+
+class ExportError(FastPlugError, RuntimeError):
+    """This model cannot be written in this format. Nothing was written under the final name."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        format: The name of the format.
+        path: The finished folder.
+        files: Names of the files in it, relative to ``path``, sorted.
+        bytes: Their sizes together.
+        seconds: Wall time of the export.
+        notes: What the user should know, one sentence each (a missing tokenizer, an adapter that changes nothing).
+    """
+
+    format: str
+    path: Path
+    files: tuple[str, ...]
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One format of ``fastplug.export``.
+
+    Attributes:
+        format: Its name, as in ``format="merged_16bit"``.
+        description: One line, for ``fastplug export --help``.
+        export: ``export(model, path, **options) -> ExportResult``. Its keyword-only parameters are the format's
+            options. It either finishes ``path`` or raises and leaves nothing there.
+    """
+
+    format: str
+    description: str
+    export: Callable[..., ExportResult]

@@ -1,0 +1,128 @@
+"""A safetensors writer that holds one tensor at a time.
+
+The format (https://github.com/huggingface/safetensors, "Format"): eight bytes with the length N of the header, little
+endian; N bytes of JSON that map each name to its dtype, shape and byte range behind the header; the bytes. So the
+header follows from shapes alone, and tensors can be computed, appended and forgotten one by one. The library's own
+``save_file`` wants all tensors of a file in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastplug.exporters.api import ExportError
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The library's order within a file: wider dtypes first, so that every tensor is aligned, then by name."""
+    return sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
+
+
+class SafetensorsWriter:
+    """Write one safetensors file, tensor by tensor, in the order of ``specs``.
+
+    Args:
+        path: The file; it must not exist.
+        specs: All tensors of the file, in the order in which they will be written (see :func:`file_order`).
+        metadata: Text for ``__metadata__``; transformers wants ``{"format": "pt"}``.
+
+    Leaving the ``with`` block checks that every tensor was written. ``sha256`` is the digest of the file, computed
+    while writing.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self._pending = list(reversed(specs))
+        self._header = _header(specs, metadata or {"format": "pt"})
+        self._hash = hashlib.sha256()
+        self.sha256 = ""
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._file = open(self.path, "xb")
+        self._hasher = ThreadPoolExecutor(1)
+        self._append(memoryview(self._header))
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append ``tensor`` (any device, any strides). Its name, shape and dtype must be the next spec's."""
+        spec = self._pending.pop() if self._pending else None
+        if spec is None or (spec.name, spec.shape, spec.dtype) != (name, tuple(tensor.shape), tensor.dtype):
+            raise ExportError(
+                f"fastplug: {name} came out as {tuple(tensor.shape)} {tensor.dtype}, but {spec} was planned; this is "
+                "an error in fastplug, please report it with the model's name"
+            )
+        if tensor.numel():
+            flat = tensor.detach().contiguous().cpu().reshape(-1)
+            data: Any = flat.view(torch.uint8).numpy()
+            self._append(memoryview(data))
+
+    def _append(self, data: memoryview) -> None:
+        # Both release the GIL, so hashing costs no time of its own.
+        hashed = self._hasher.submit(self._hash.update, data)
+        try:
+            self._file.write(data)
+        finally:
+            hashed.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hasher.shutdown()
+        self._file.close()
+        if kind is None and self._pending:
+            raise ExportError(f"fastplug: {self.path.name} lacks {len(self._pending)} planned tensors")
+        self.sha256 = self._hash.hexdigest()
+
+
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for spec in specs:
+        if spec.dtype not in DTYPES:
+            raise ExportError(f"fastplug: {spec.name} is {spec.dtype}, which the safetensors writer does not know")
+        header[spec.name] = {
+            "dtype": DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
