@@ -412,16 +412,22 @@ def test_opcheck(device: torch.device) -> None:
         )
 
 
-def test_compiles(device: torch.device) -> None:
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_compiles_as_one_graph(implementation: ModuleType | None, trained: bool, device: torch.device) -> None:
     hidden, weight, _, targets = make(6, 8, 50, device)
 
-    def step(h: Tensor) -> Tensor:
-        return linear_logprobs(h * 2, weight, targets, chunk_size=4).logprob.sum()
+    def step(h: Tensor, w: Tensor) -> Tensor:
+        found = linear_logprobs(h * 2, w, targets, chunk_size=4, entropy=True, implementation=implementation)
+        again = logprobs_from_logits(h @ w.t(), targets, implementation=implementation)
+        assert found.entropy is not None
+        return found.logprob.sum() + found.entropy.sum() + again.logprob.sum()
 
-    leaf, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    torch.compile(step, backend="aot_eager")(leaf).backward()
-    step(other).backward()
-    torch.testing.assert_close(leaf.grad, other.grad)
+    leaves = [(hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)) for _ in range(2)]
+    torch.compile(step, backend="aot_eager", fullgraph=True)(*leaves[0]).backward()
+    step(*leaves[1]).backward()
+    for compiled, eager in zip(*leaves, strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad)
 
 
 @pytest.mark.gpu

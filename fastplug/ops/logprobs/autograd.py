@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastplug.ops.logprobs import chunked
+from fastplug.ops.logprobs import chunked, reference
 from fastplug.ops.logprobs.chunked import Needs, Rows, Settings
 
 
@@ -133,6 +133,6 @@ def from_logits(logits: Tensor, targets: Tensor, settings: Settings) -> Rows:
 def row_chunks(logits: Tensor, settings: Settings) -> list[slice]:
     """A kernel takes all rows at once; the reference makes fp32 copies, so it goes by chunks on every device."""
     ops = settings.ops(logits.device, logits.dtype)
-    if settings.chunk_size is None and not ops.__name__.endswith(".reference"):
+    if settings.chunk_size is None and ops is not reference:
         return [slice(0, logits.shape[0])]
     return chunked.chunks(logits.shape[0], logits.shape[1], logits.dtype, logits.device, settings.chunk_size)

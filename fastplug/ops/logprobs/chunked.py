@@ -8,7 +8,6 @@ summed by atomics: the same inputs give the same bits.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -85,10 +84,20 @@ class Rows(NamedTuple):
         return Rows(self.logprob[rows], self.statistics[rows], self.argmax[rows], entropy)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(device: torch.device) -> bool:
+    return kernel_reason(device) is None and device.type != "cpu"  # the interpreter runs only where it is named
+
+
 def default_implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The Triton module where it can run; the reference on a CPU, in fp64, and where Triton is missing."""
-    slow = device.type == "cpu" or dtype == torch.float64 or kernel_reason(device) is not None
-    return importlib.import_module(f"fastplug.ops.logprobs.{'reference' if slow else 'kernel'}")
+    if not _has_kernels(device) or dtype == torch.float64:
+        from fastplug.ops.logprobs import reference
+
+        return reference
+    from fastplug.ops.logprobs import kernel  # only here: Triton may be missing
+
+    return kernel
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -181,7 +190,7 @@ def _product(out: Tensor, gradient: Tensor, hidden: Tensor, accumulate: bool) ->
     transposed = gradient.t()
     if out.dtype == hidden.dtype:
         out.addmm_(transposed, hidden, beta=int(accumulate))
-    elif _accumulates(hidden.device, hidden.dtype):
+    elif not torch.compiler.is_compiling() and _accumulates(hidden.device, hidden.dtype):
         torch.ops.aten.addmm.dtype_out(out, transposed, hidden, out.dtype, beta=int(accumulate), out=out)
     else:
         for part, columns in zip(out.split(WEIGHT_ROWS), transposed.split(WEIGHT_ROWS), strict=True):
