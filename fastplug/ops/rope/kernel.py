@@ -326,7 +326,7 @@ def _shape(q: torch.Tensor, k: torch.Tensor, rotary: int, pairs_per_warp: int = 
     warps = min(8, power_of_2(max(block_q, block_k) * (block + block_rest // 2) // pairs_per_warp))
     # A tile with fewer elements than threads is computed by several warps at once, and in place one of them could
     # read what another has already written: masked heads fill the tile instead.
-    fill = max(1, 32 * warps // block)
+    fill = max(1, 32 * warps // (min(block, block_rest) if rest else block))
     return {
         "Q_HEADS": q.shape[2], "K_HEADS": k.shape[2], "HALF": half, "REST": rest, "BLOCK_Q": max(block_q, fill),
         "BLOCK_K": max(block_k, fill), "BLOCK": block, "BLOCK_REST": block_rest, "num_warps": warps,
