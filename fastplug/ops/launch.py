@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 
@@ -35,12 +34,11 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.cache
-def _processors(type: str, index: int) -> int:
-    if type == "cuda":
-        return torch.cuda.get_device_properties(index).multi_processor_count
-    if type == "xpu":
-        return int(getattr(torch.xpu.get_device_properties(index), "gpu_subslice_count", 64))
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return int(getattr(torch.xpu.get_device_properties(device), "gpu_subslice_count", 64))
     return 1
 
 
@@ -49,7 +47,7 @@ def persistent_programs(device: torch.device, tiles: int) -> int:
 
     On the CPU (the interpreter) it is four, so that the loop over tiles is exercised.
     """
-    return max(1, min(tiles, 4 * _processors(device.type, device.index or 0)))
+    return max(1, min(tiles, 4 * _processors(device)))
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
