@@ -77,7 +77,8 @@ def _backward_kernel(
     col_mask = cols < N
     if partial_ptr is not None:
         dweight = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(0)):
+    tile = program  # a while loop: Triton 3.6 cannot interpret a range over tensors with numpy 2.4
+    while tile * ROWS < M:
         rows = tile * ROWS + tl.arange(0, ROWS)
         row_mask = rows < M
         mask = row_mask[:, None] & col_mask
@@ -94,6 +95,7 @@ def _backward_kernel(
         if dh_ptr is not None:
             dx += tl.load(dh_ptr + row * (dh_stride * UNIT) + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * (dx_stride * UNIT) + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tile += tl.num_programs(0)
     if partial_ptr is not None:
         share = tl.sum(dweight, axis=0)[None, :]
         tl.store(partial_ptr + program.to(tl.int64) * N + cols, share, mask=col_mask)

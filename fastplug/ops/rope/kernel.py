@@ -285,8 +285,8 @@ def _backward_kernel(
     k_dwa = tl.zeros((1, BLOCK), tl.float32)
     k_dwb = tl.zeros((1, BLOCK), tl.float32)
     k_dwr = tl.zeros((1, BLOCK_REST), tl.float32)
-    for step in range(0, tl.cdiv(tokens - tl.program_id(0), tl.num_programs(0))):
-        token = program + step * tl.num_programs(0)
+    token = program  # a while loop: Triton 3.6 cannot interpret a range over tensors with numpy 2.4
+    while token < tokens:
         b, s = token // S, token % S
         cos, sin = _angles(cos_ptr, sin_ptr, b, s, cos_b * UNIT, cos_s * UNIT, HALF, BLOCK)
         dwa, dwb, dwr = _backward_heads(
@@ -307,6 +307,7 @@ def _backward_kernel(
         k_dwa += dwa
         k_dwb += dwb
         k_dwr += dwr
+        token += tl.num_programs(0)
     if partial_ptr is not None:
         D: tl.constexpr = 2 * HALF + REST
         partial_ptr += program * 2 * D
