@@ -28,12 +28,13 @@ def _factor(g, ACTIVATION: tl.constexpr):
 def _slope(g, factor, ACTIVATION: tl.constexpr):
     """The activation's derivative."""
     if ACTIVATION == "silu":
-        slope = factor * (1.0 + g * (1.0 - factor))
+        slope = factor * (1.0 + g * tl.sigmoid(-g))  # not 1 - factor, which cancels
     elif ACTIVATION == "gelu":
         slope = factor + g * tl.exp(-0.5 * g * g) * 0.3989422804014327
     else:
         c = tl.minimum(tl.maximum(g, -32.0), 32.0)
-        slope = factor + c * factor * (1.0 - factor) * 1.5957691216057308 * (1.0 + 0.134145 * c * c)
+        rest = tl.sigmoid(-1.5957691216057308 * (c + 0.044715 * c * c * c))  # not 1 - factor, which cancels
+        slope = factor + c * factor * rest * 1.5957691216057308 * (1.0 + 0.134145 * c * c)
     return slope
 
 

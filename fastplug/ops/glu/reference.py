@@ -67,7 +67,7 @@ def backward(
     g, u, d = gate.to(wide), up.to(wide), dout.to(wide)
     if activation == "silu":
         s = torch.sigmoid(g)
-        slope = s * (1 + g * (1 - s))
+        slope = s * (1 + g * torch.sigmoid(-g))  # not 1 - s, which cancels
         value = g * s
     elif activation == "gelu":
         cdf = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
@@ -76,8 +76,10 @@ def backward(
     else:
         # 0.5 (1 + tanh(z)) is sigmoid(2 z); saturated long before |g| reaches 32, so g^3 cannot overflow.
         c = g.clamp(-32, 32)
-        s = torch.sigmoid(math.sqrt(8 / math.pi) * (c + 0.044715 * c**3))
-        slope = s + c * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * c * c)
+        y = math.sqrt(8 / math.pi) * (c + 0.044715 * c**3)
+        s = torch.sigmoid(y)
+        rest = torch.sigmoid(-y)  # not 1 - s, which cancels
+        slope = s + c * s * rest * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * c * c)
         value = g * s
     product = value.to(gate.dtype).to(wide) * u
     gradients = d * u * slope, d * value  # all before the first write: the outputs may be the inputs

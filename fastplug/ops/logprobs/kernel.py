@@ -20,13 +20,26 @@ MAX_BLOCK = 4096
 
 
 @triton.jit
+def _exp(x):
+    """exp to fp32 accuracy: the hardware's 2^y after what x·log2(e) lost in rounding has been added back."""
+    y = x * 1.4426950408889634
+    lost = tl.math.fma(x, 1.4426950408889634, -y) + x * 1.925963033500e-8
+    return tl.exp2(y) * (1 + 0.6931471805599453 * lost)
+
+
+@triton.jit
 def _tanh(x):
-    """tanh to fp32 accuracy: odd series near 0, where ``1 - e^(-2|x|)`` would cancel (libdevice is not portable)."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    e = tl.exp(-2 * tl.abs(x))
-    ratio = (1 - e) / (1 + e)
-    return tl.where(square < 0.0625, series, tl.where(x < 0, -ratio, ratio))
+    """tanh to fp32 accuracy: an odd series near 0, where ``1 - 2/(1 + e^2|x|)`` would cancel.
+
+    The coefficients are those of Cephes' tanhf (Moshier 1992); libdevice is not portable.
+    """
+    z = x * x
+    series = -5.70498872745e-3 * z + 2.06390887954e-2
+    series = (series * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    series = (series * z - 3.33332819422e-1) * z * x + x
+    size = tl.minimum(tl.abs(x), 20.0)  # saturated long before
+    far = 1 - tl.math.div_rn(2.0 + tl.zeros_like(x), _exp(2 * size) + 1)
+    return tl.where(z < 0.390625, series, tl.where(x < 0, -far, tl.where(x == x, far, x)))
 
 
 @triton.jit
