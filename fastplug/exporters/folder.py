@@ -53,7 +53,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     except OSError as error:
         raise type(error)(
             error.errno,
-            f"fastplug: cannot write into {final.parent} ({error.strerror}); choose a folder that is writable",
+            f"fastplug: cannot write into {final.parent} ({error.strerror}); choose a writable folder",
         ) from error
     try:
         yield partial
@@ -61,7 +61,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         _publish(partial, final, overwrite)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and "fastplug:" not in str(error):
             raise OSError(
                 error.errno,
                 f"fastplug: no space left on the disk of {final.parent}; nothing was written as {final}. "

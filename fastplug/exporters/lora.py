@@ -63,7 +63,7 @@ def lora(
         tensors = _tensors(unwrap(model))
         for name in names:
             target = folder if len(names) == 1 else folder / name
-            embeddings = save_embedding_layers
+            embeddings: bool | str | None = save_embedding_layers
             if embeddings is None:
                 embeddings = _embeddings_changed(base, configs[name])
             _write_adapter(unwrap(model), base, target, name, configs[name], tensors, embeddings)
@@ -88,7 +88,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 def _write_adapter(
-    model: Any, base: Any, folder: Path, name: str, config: Any, tensors: Mapping[str, Tensor], embeddings: bool
+    model: Any, base: Any, folder: Path, name: str, config: Any, tensors: Mapping[str, Tensor], embeddings: bool | str
 ) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -112,16 +112,16 @@ def _write_adapter(
     config.save_pretrained(folder, auto_mapping_dict=mapping)
 
 
-def _embeddings_changed(base: Any, config: Any) -> bool:
+def _embeddings_changed(base: Any, config: Any) -> bool | str:
     """PEFT's rule for ``save_embedding_layers="auto"``, with the base's config from the disk alone."""
-    from peft.utils import EMBEDDING_LAYER_NAMES
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     token_rows = getattr(config, "trainable_token_indices", None) is not None or "TRAINABLE_TOKENS" in str(
         config.peft_type
     )
     targets = getattr(config, "target_modules", None) or ()
     if not token_rows and not isinstance(targets, str) and any(name in targets for name in EMBEDDING_LAYER_NAMES):
-        return True
+        return "auto"  # PEFT then writes the targeted ones, and does not ask the network
     folder = local_folder(config.base_model_name_or_path or "")
     if folder is None or not (folder / "config.json").is_file():
         return False

@@ -7,6 +7,7 @@ model is only read.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -81,8 +82,10 @@ def merged_16bit(
     with atomic_folder(path, overwrite=overwrite) as folder:
         places: list[str] = []
         if isinstance(model, (str, os.PathLike)):
+            if adapter is not None and not isinstance(adapter, (str, os.PathLike)):
+                raise OptionError("fastplug: with a model folder, adapter= is the folder of one adapter")
             places = [os.fspath(place) for place in (adapter, model) if isinstance(place, (str, os.PathLike))]
-            model, adapter = load(model, adapter), None  # type: ignore[arg-type]
+            model, adapter = load(model, adapter), None
         base = base_of(model)
         check_quantization(base)
         target = target or sixteen_bit(base)
@@ -91,8 +94,8 @@ def merged_16bit(
         chosen = active_adapters(model) if names is None else names
         notes = _check_adapters(model, merge, chosen)
 
-        patterns = tied_patterns(base)
-        untie = bool(untied_names(merge.tensors, patterns)) and ties_embeddings(base.config)
+        patterns = tied_patterns(base) if ties_embeddings(base.config) else []  # else nothing is tied when it loads
+        untie = bool(untied_names(merge.tensors, patterns))
         if untie:
             notes.append("Training untied weights that the base ties; both are written and tie_word_embeddings is off.")
         tensors = saved_tensors(base, merge.tensors if untie else drop_tied(merge.tensors, patterns))
@@ -165,7 +168,7 @@ def _write_weights(folder: Path, tensors: list[LazyTensor], max_shard_size: int 
     total, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(folder).free
     if total + _SLACK > free:
         raise OSError(
-            28,
+            errno.ENOSPC,
             f"fastplug: the merged model takes {total / 2**30:.2f} GiB, but the disk of {folder.parent} has only "
             f"{free / 2**30:.2f} GiB left; free some space or export to another disk",
         )

@@ -138,7 +138,9 @@ def load(folder: str | os.PathLike[str], adapter: str | os.PathLike[str] | None)
     config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     known = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())
     architecture = next((cls for cls in known if cls is not None), transformers.AutoModelForCausalLM)
-    model = architecture.from_pretrained(source, torch_dtype="auto", local_files_only=True, use_safetensors=True)
+    key = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    options = {key: "auto", "local_files_only": True, "use_safetensors": True}
+    model = architecture.from_pretrained(source, **options)
     return model if adapter is None else _with_adapter(model, Path(adapter), source)
 
 

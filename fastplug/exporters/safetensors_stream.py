@@ -123,6 +123,6 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [offset, offset + spec.nbytes],
         }
         offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
     return len(text).to_bytes(8, "little") + text
