@@ -76,7 +76,7 @@ class Measure:
         if row.ok and truth.numel() > 1:
             noise = 4 * theirs / math.sqrt(truth.numel())
             bias, own = _along(ours - truth, update), _along(original - truth, update)
-            if abs(bias) > self.tolerance * abs(own) + 0.5 * self.unit + noise:
+            if abs(bias) > self.tolerance * abs(own) + self.unit + noise:
                 reason = f"it is {1 + bias:.4f} times the truth, which rounding does not explain"
                 return Row(name, kind, mine, theirs, limit, False, reason)
         return row
