@@ -1,4 +1,4 @@
-"""A safetensors writer that holds one tensor at a time.
+"""A safetensors writer that holds one tensor at a time, while the next one is computed.
 
 The format (https://github.com/huggingface/safetensors, "Format"): eight bytes with the length N of the header, little
 endian; N bytes of JSON that map each name to its dtype, shape and byte range behind the header; the bytes. So the
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,12 +76,17 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         self._file = open(self.path, "xb")
-        self._hasher = ThreadPoolExecutor(1)
+        self._workers = ThreadPoolExecutor(2)  # both release the GIL, so the next tensor is computed meanwhile
+        self._running: list[Future[Any]] = []
         self._append(memoryview(self._header))
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append ``tensor`` (any device, any strides). Its name, shape and dtype must be the next spec's."""
+        """Append ``tensor`` (any device, any strides). Its name, shape and dtype must be the next spec's.
+
+        It is written while the caller goes on, so do not change it before the ``with`` block is left. An error of the
+        disk is raised by the next call or at the end of the block.
+        """
         spec = self._pending.pop() if self._pending else None
         if spec is None or (spec.name, spec.shape, spec.dtype) != (name, tuple(tensor.shape), tensor.dtype):
             raise ExportError(
@@ -94,18 +99,23 @@ class SafetensorsWriter:
             self._append(memoryview(data))
 
     def _append(self, data: memoryview) -> None:
-        # Both release the GIL, so hashing costs no time of its own.
-        hashed = self._hasher.submit(self._hash.update, data)
-        try:
-            self._file.write(data)
-        finally:
-            hashed.result()
+        self._finish()
+        self._running = [self._workers.submit(self._file.write, data), self._workers.submit(self._hash.update, data)]
+
+    def _finish(self) -> None:
+        running, self._running = self._running, []
+        for job in running:
+            job.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hasher.shutdown()
-        self._file.close()
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._workers.shutdown()
+            self._file.close()
         if kind is None and self._pending:
             raise ExportError(f"fastplug: {self.path.name} lacks {len(self._pending)} planned tensors")
         self.sha256 = self._hash.hexdigest()

