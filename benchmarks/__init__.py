@@ -1,1 +1,1 @@
-"""Measurements: ``python -m benchmarks.step`` (whole training steps against the peers), ``python -m benchmarks.ops``."""
+"""Measurements: ``python -m benchmarks.step`` (training steps against the peers), ``python -m benchmarks.ops``."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastplug.ops.lora.group import Group
+from fastplug.ops.lora.group import Group, Kept
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class AttentionInputFunction(torch.autograd.Function):
         group, ops = spec.group, spec.group.ops
         rows = x.reshape(-1, group.in_features)
         normed, rstd = _normed(spec, rows, norm_weight)
-        qkv, xa, masks = group.forward(normed)
+        qkv, kept = group.forward(normed)
         q, k, v = _heads(spec, qkv, x.shape[:2])
         raw_q = raw_k = None
         if spec.qk_norm is None:
@@ -103,7 +103,7 @@ class AttentionInputFunction(torch.autograd.Function):
                 **spec.qk_norm.kwargs(),
             )
         ctx.spec = spec
-        ctx.save_for_backward(x, rstd, cos, sin, norm_weight, q_weight, k_weight, raw_q, raw_k, xa, *masks)
+        ctx.save_for_backward(x, rstd, cos, sin, norm_weight, q_weight, k_weight, raw_q, raw_k, *kept.tensors())
         ctx.set_materialize_grads(False)
         heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return (*heads, x) if ctx.needs_input_grad[1] else heads
@@ -112,7 +112,8 @@ class AttentionInputFunction(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
         spec: AttentionInput = ctx.spec
         group, ops = spec.group, spec.group.ops
-        x, rstd, cos, sin, norm_weight, q_weight, k_weight, raw_q, raw_k, xa, *masks = ctx.saved_tensors
+        x, rstd, cos, sin, norm_weight, q_weight, k_weight, raw_q, raw_k, *kept = ctx.saved_tensors
+        kept = Kept.of(kept)
         needs = ctx.needs_input_grad
         dq, dk, dv = upstream[:3]
         dh = upstream[3] if len(upstream) > 3 else None
@@ -145,9 +146,9 @@ class AttentionInputFunction(torch.autograd.Function):
                 weight_grad=needs[5] or needs[6],
                 **spec.qk_norm.kwargs(),
             )
-        d_normed, gb = group.input_gradient(dqkv, masks, needs[1] or needs[4])
+        d_normed, gb = group.input_gradient(dqkv, kept, needs[1] or needs[4])
         normed = _normed(spec, rows, norm_weight)[0] if any(needs[7:]) else None
-        grads = group.parameter_gradients(dqkv, gb, normed, xa, masks, needs[7:])
+        grads = group.parameter_gradients(dqkv, gb, normed, kept, needs[7:])
         del normed
         dx, d_norm_weight = d_normed, None
         if spec.norm is not None and d_normed is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fastplug.ops.lora.attention_input import Norm
-from fastplug.ops.lora.group import Group
+from fastplug.ops.lora.group import Group, Kept
+from fastplug.ops.recompute import tensors_left
 
 
 @dataclass(frozen=True)
@@ -71,26 +72,30 @@ class GatedMLPFunction(torch.autograd.Function):
             normed, h, rstd = ops.rms_norm.forward(
                 rows, norm_weight, spec.norm.eps, residual=residual_rows, out_dtype=dtype, **spec.norm.kwargs()
             )
-        gate_up, gate_up_xa, gate_up_masks = spec.gate_up.forward(normed)
+        gate_up, kept = spec.gate_up.forward(normed)
         del normed
         gate, up = gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
         hidden = torch.empty(len(rows), up.shape[1], dtype=dtype, device=x.device)
         ops.glu.forward(gate, up, spec.activation, hidden)
+        ctx.spec, ctx.shapes = spec, (x.shape, x.dtype, None if residual is None else residual.dtype)
+        ctx.count = len(kept.tensors())
+        down_kept = spec.down.adapters(hidden)
+        saved = (h, rstd, norm_weight, gate_up, *kept.tensors(), *down_kept.tensors())
+        ctx.save_for_backward(*saved)
+        if tensors_left() == sum(tensor is not None for tensor in saved):
+            return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         start = h.clone() if spec.norm is not None and h.dtype == dtype else None
-        out, down_xa, down_masks = spec.down.forward(hidden, out=start)
+        out = spec.down.products(hidden, down_kept, out=start)
         if spec.norm is not None and start is None:
             out = h + out
-        ctx.spec, ctx.shapes = spec, (x.shape, x.dtype, None if residual is None else residual.dtype)
-        ctx.counts = len(gate_up_masks)
-        ctx.save_for_backward(h, rstd, norm_weight, gate_up, gate_up_xa, down_xa, *gate_up_masks, *down_masks)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
         spec: GatedMLP = ctx.spec
         ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
-        h, rstd, norm_weight, gate_up, gate_up_xa, down_xa, *masks = ctx.saved_tensors
-        gate_up_masks, down_masks = masks[: ctx.counts], masks[ctx.counts :]
+        h, rstd, norm_weight, gate_up, *rest = ctx.saved_tensors
+        kept, down_kept = Kept.of(rest[: ctx.count]), Kept.of(rest[ctx.count :])
         needs = ctx.needs_input_grad
         shape, x_dtype, residual_dtype = ctx.shapes
         inner = 4 + len(spec.gate_up.tensors())
@@ -100,17 +105,17 @@ class GatedMLPFunction(torch.autograd.Function):
         g = stream.to(dtype)
         gate, up = gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
         # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
-        d_hidden, gb = spec.down.input_gradient(g, down_masks, True)
+        d_hidden, gb = spec.down.input_gradient(g, down_kept, True)
         assert d_hidden is not None
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
         hidden = torch.empty_like(d_hidden) if any(needs[inner:]) else None
         ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden)
         del d_hidden
-        down_grads = spec.down.parameter_gradients(g, gb, hidden, down_xa, down_masks, needs[inner:])
+        down_grads = spec.down.parameter_gradients(g, gb, hidden, down_kept, needs[inner:])
         del hidden
 
-        d_normed, gb = spec.gate_up.input_gradient(d_gate_up, gate_up_masks, needs_input)
+        d_normed, gb = spec.gate_up.input_gradient(d_gate_up, kept, needs_input)
         normed = None
         if any(needs[4:inner]):
             normed = h.to(dtype)
@@ -118,9 +123,7 @@ class GatedMLPFunction(torch.autograd.Function):
                 normed, _, _ = ops.rms_norm.forward(
                     h, norm_weight, spec.norm.eps, out_dtype=dtype, **spec.norm.kwargs()
                 )
-        gate_up_grads = spec.gate_up.parameter_gradients(
-            d_gate_up, gb, normed, gate_up_xa, gate_up_masks, needs[4:inner]
-        )
+        gate_up_grads = spec.gate_up.parameter_gradients(d_gate_up, gb, normed, kept, needs[4:inner])
         del d_gate_up
         dx, d_norm_weight = d_normed, None
         if spec.norm is not None and d_normed is not None:

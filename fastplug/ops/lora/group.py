@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -14,6 +14,33 @@ if TYPE_CHECKING:
     from fastplug.quant.codec import EncodedWeight
 
 Grads = list[torch.Tensor | None]
+
+
+class Kept(NamedTuple):
+    """What a group's forward leaves for its backward, all of it small, or nothing without adapters.
+
+    Attributes:
+        xa: s · dropout(x) Aᵀ [tokens, rank].
+        a: The stacked A [rank, in_features] in the compute dtype.
+        b: The block-diagonal B [out_features, rank] in the compute dtype.
+        masks: The dropout masks [tokens, in_features] (bool), one per adapter, None where nothing was dropped.
+    """
+
+    xa: torch.Tensor | None = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    masks: tuple[torch.Tensor | None, ...] = ()
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """For ``save_for_backward``."""
+        return (self.xa, self.a, self.b, *self.masks)
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor | None]) -> Kept:
+        """From what :meth:`tensors` gave."""
+        return cls(tensors[0], tensors[1], tensors[2], tuple(tensors[3:]))
+
+
 PER_PROJECTION = 4  # weight, bias, A, B: what a projection hands to autograd, see Projection.tensors
 
 
@@ -115,25 +142,34 @@ class Group:
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def forward(
-        self, x: torch.Tensor, out: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
-        """y [tokens, out_features] for x [tokens, in_features] in the compute dtype.
+    def adapters(self, x: torch.Tensor) -> Kept:
+        """The skinny part of the forward: everything that the backward keeps."""
+        if not self.adapted:
+            return Kept()
+        a, b = self._stacked_a(), self._block_b()
+        if not self.dropout:
+            return Kept(self._scaled(x, a.t()), a, b, (None,) * len(self.adapted))
+        xa = torch.empty(x.shape[0], self.rank, dtype=self.dtype, device=x.device)
+        masks = []
+        for p, _, columns in self._blocks():  # PEFT drops the input of each adapter on its own, in this order
+            dropped, mask = drop(x, p.dropout)
+            masks.append(mask)
+            part = xa[:, columns]
+            torch.addmm(part, dropped, a[columns].t(), beta=0, alpha=p.scaling, out=part)
+        return Kept(xa, a, b, tuple(masks))
 
-        ``out``, if given, is what the products are added to, in place; it has the compute dtype. Returns y, the scaled
-        s · dropout(x) Aᵀ [tokens, rank] that the backward needs, and the dropout masks (bool, one per adapter).
-        """
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+        """y [tokens, out_features] for x [tokens, in_features] in the compute dtype, and what the backward needs."""
+        kept = self.adapters(x)
+        return self.products(x, kept), kept
+
+    def products(self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None) -> torch.Tensor:
+        """y, given :meth:`adapters`; added in place to ``out``, which has the compute dtype, if that is given."""
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        xa: torch.Tensor | None = None
-        masks: list[torch.Tensor | None] = []
-        if self.adapted:
-            if self.dropout:
-                xa, masks = self._dropped_products(x)
-            else:
-                xa = self._scaled(x, self._stacked_a().t())
-            torch.addmm(out, xa, self._block_b().t(), beta=1 if start else 0, out=out)
+        if kept.xa is not None and kept.b is not None:
+            torch.addmm(out, kept.xa, kept.b.t(), beta=1 if start else 0, out=out)
             start = True
         for weight, rows in self._weights():
             part = out[:, rows]
@@ -143,7 +179,7 @@ class Group:
             if p.bias is not None:
                 out[:, row : row + p.shape[0]] += p.bias.detach()
             row += p.shape[0]
-        return out, xa, masks
+        return out
 
     def _weights(self) -> list[tuple[torch.Tensor, slice]]:
         """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
@@ -165,28 +201,16 @@ class Group:
             row += len(weight)
         return parts
 
-    def _dropped_products(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """PEFT drops the input of every adapter on its own, in the order of the projections."""
-        xa = torch.empty(x.shape[0], self.rank, dtype=self.dtype, device=x.device)
-        masks: list[torch.Tensor | None] = []
-        for p, _, columns in self._blocks():
-            assert p.a is not None
-            dropped, mask = drop(x, p.dropout)
-            masks.append(mask)
-            part = xa[:, columns]
-            torch.addmm(part, dropped, p.a.detach().to(self.dtype).t(), beta=0, alpha=p.scaling, out=part)
-        return xa, masks
-
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, masks: Sequence[torch.Tensor | None], needs_dx: bool
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features]."""
-        gb = self._scaled(g, self._block_b()) if self.adapted else None
+        gb = None if kept.b is None else self._scaled(g, kept.b)
         if not needs_dx:
             return None, gb
-        dx = None if gb is None else self._adapter_dx(gb, masks)
+        dx = None if gb is None else self._adapter_dx(gb, kept)
         start = dx is not None
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
@@ -195,19 +219,22 @@ class Group:
             start = True
         return dx, gb
 
+    def _adapter_dx(self, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
+        assert kept.a is not None
+        if not self.dropout:
+            return gb @ kept.a
+        dx: torch.Tensor | None = None
+        for (p, _, columns), mask in zip(self._blocks(), kept.masks):
+            part = undrop(gb[:, columns] @ kept.a[columns], mask, p.dropout)
+            dx = part if dx is None else dx.add_(part)
+        assert dx is not None
+        return dx
+
     def parameter_gradients(
-        self,
-        g: torch.Tensor,
-        gb: torch.Tensor | None,
-        x: torch.Tensor | None,
-        xa: torch.Tensor | None,
-        masks: Sequence[torch.Tensor | None],
-        needs: Sequence[bool],
+        self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]
     ) -> Grads:
         """Gradients of :meth:`tensors` where ``needs`` is true; ``x`` may be None if none of them is."""
         grads: Grads = [None] * len(needs)
-        if gb is not None and xa is not None:
-            self._adapter_grads(g, x, gb, xa, masks, needs, grads)
         row = 0
         for i, p in enumerate(self.projections):
             part = g[:, row : row + p.shape[0]]
@@ -219,45 +246,36 @@ class Group:
                 assert p.bias is not None
                 grads[i * PER_PROJECTION + 1] = part.sum(0, dtype=torch.float32).to(p.bias.dtype)
             row += p.shape[0]
+        if gb is not None and kept.xa is not None:
+            self._adapter_gradients(g, gb, x, kept, needs, grads)
         return grads
 
-    def _adapter_grads(
+    def _adapter_gradients(
         self,
         g: torch.Tensor,
-        x: torch.Tensor | None,
         gb: torch.Tensor,
-        xa: torch.Tensor,
-        masks: Sequence[torch.Tensor | None],
+        x: torch.Tensor | None,
+        kept: Kept,
         needs: Sequence[bool],
         grads: Grads,
     ) -> None:
         index = {id(p): i * PER_PROJECTION for i, p in enumerate(self.projections)}
-        shared_da: torch.Tensor | None = None
-        for j, (p, rows, columns) in enumerate(self._blocks()):
+        shared: torch.Tensor | None = None  # the gradients of all A, in one product, where nothing was dropped
+        for (p, rows, columns), mask in zip(self._blocks(), kept.masks):
+            i = index[id(p)]
             assert p.a is not None
             assert p.b is not None
-            i = index[id(p)]
+            assert kept.xa is not None
             if needs[i + 2]:
                 assert x is not None
                 if self.dropout:
-                    grads[i + 2] = mm(gb[:, columns].t(), undrop(x, masks[j], p.dropout), p.a.dtype)
+                    grads[i + 2] = mm(gb[:, columns].t(), undrop(x, mask, p.dropout), p.a.dtype)
                 else:
-                    if shared_da is None:
-                        shared_da = mm(gb.t(), x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
-                    grads[i + 2] = shared_da[columns].to(p.a.dtype)
+                    if shared is None:
+                        shared = mm(gb.t(), x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
+                    grads[i + 2] = shared[columns].to(p.a.dtype)
             if needs[i + 3]:
-                grads[i + 3] = mm(g[:, rows].t(), xa[:, columns], p.b.dtype)
-
-    def _adapter_dx(self, gb: torch.Tensor, masks: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        if not self.dropout:
-            return gb @ self._stacked_a()
-        dx: torch.Tensor | None = None
-        for j, (p, _, columns) in enumerate(self._blocks()):
-            assert p.a is not None
-            part = undrop(gb[:, columns] @ p.a.detach().to(self.dtype), masks[j], p.dropout)
-            dx = part if dx is None else dx.add_(part)
-        assert dx is not None
-        return dx
+                grads[i + 3] = mm(g[:, rows].t(), kept.xa[:, columns], p.b.dtype)
 
 
 def mm(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

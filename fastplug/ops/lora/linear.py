@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastplug.ops.lora.group import Group
+from fastplug.ops.lora.group import Group, Kept
 
 
 def lora_linear(group: Group, x: torch.Tensor) -> torch.Tensor:
@@ -22,18 +22,19 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
         rows = x.reshape(-1, group.in_features).to(group.dtype)
-        out, xa, masks = group.forward(rows)
-        ctx.save_for_backward(x, xa, *masks)
+        out, kept = group.forward(rows)
+        ctx.save_for_backward(x, *kept.tensors())
         ctx.group = group
         return out.view(*x.shape[:-1], group.out_features)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
         group: Group = ctx.group
-        x, xa, *masks = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
+        kept = Kept.of(kept)
         needs_dx, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         rows = x.reshape(-1, group.in_features).to(group.dtype)
         g = g.reshape(-1, group.out_features).to(group.dtype)
-        dx, gb = group.input_gradient(g, masks, needs_dx)
-        grads = group.parameter_gradients(g, gb, rows, xa, masks, needs)
+        dx, gb = group.input_gradient(g, kept, needs_dx)
+        grads = group.parameter_gradients(g, gb, rows, kept, needs)
         return None, None if dx is None else dx.view(x.shape).to(x.dtype), *grads

@@ -1,0 +1,32 @@
+"""Know when gradient checkpointing is about to stop: then the last product of a layer need not be computed again.
+
+``torch.utils.checkpoint`` (non-reentrant) runs a region a second time only for the tensors that its nodes save, and
+stops at the last of them. A node that is about to save exactly the tensors that are still missing is the last one, so
+its output will never be read.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+HOOK = "_recomputation_hook.__init__.<locals>.pack_hook"
+
+
+def tensors_left() -> int | None:
+    """How many saved tensors the recomputation in progress still waits for before it stops.
+
+    None when nothing is being recomputed, or when it would run on to the end of the region.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return None
+    pack = inspect.unwrap(hooks[0])
+    if getattr(pack, "__qualname__", None) != HOOK or pack.__module__ != "torch.utils.checkpoint":
+        return None
+    found = inspect.getclosurevars(pack).nonlocals
+    frame = found["target_frame_ref"]()
+    if frame is None or not frame.early_stop:
+        return None
+    return len(frame.weak_holders) - frame.recomp_counter[found["gid"]]  # type: ignore[no-any-return]
