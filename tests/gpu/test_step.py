@@ -1,0 +1,205 @@
+"""Whole training steps on a real GPU: no sync, the same bits, as good as the unpatched model, no slower generation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import fastplug
+
+pytest.importorskip("peft")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+pytestmark = pytest.mark.gpu
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VOCABULARY = 32000
+
+
+def build(kind: str = "qlora", family: str = "Llama", layers: int = 3, width: int = 1024, seed: int = 0) -> Any:
+    """A small model in bf16 on the GPU, with LoRA over bf16 or NF4 weights, B not zero."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 128, num_key_value_heads=max(1, width // 512), head_dim=128, dtype="bfloat16",
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to("cuda", torch.bfloat16)
+    if kind == "full":
+        return model.train()
+    if kind == "qlora":
+        for name, module in list(model.named_modules()):
+            if name.rsplit(".")[-1] in LINEARS:
+                linear = bitsandbytes.nn.Linear4bit(
+                    module.in_features, module.out_features, module.bias is not None, torch.bfloat16, quant_type="nf4"
+                )
+                linear.load_state_dict(module.state_dict())
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, linear.to("cuda"))
+        model.is_loaded_in_4bit = True
+        model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(r=16, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def tokens(rows: int = 2, length: int = 256, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator).cuda()
+
+
+def gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=x, labels=x).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_whole_step_never_waits_for_the_gpu(kind: str, checkpointing: bool) -> None:
+    model = build(kind)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    fastplug.apply(model, strict=True)
+    x = tokens()
+    gradients(model, x)  # compiles the kernels
+    with no_sync():
+        gradients(model, x)
+    assert not fastplug.report(model).fallbacks
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_gradients_are_as_close_to_fp32_as_the_unpatched_models(family: str, kind: str) -> None:
+    result = fastplug.verify(build(kind, family, layers=2), {"input_ids": tokens(2, 128), "labels": tokens(2, 128)})
+    assert result.ok, str(result)
+    assert not result.dead
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_seed_gives_the_same_bits(deterministic: bool) -> None:
+    model = build("qlora")
+    fastplug.apply(model)
+    x = tokens()
+    torch.use_deterministic_algorithms(deterministic, warn_only=False)
+    try:
+        first, second = gradients(model, x), gradients(model, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def train(patched: bool, seed: int, steps: int = 40) -> float:
+    model = build("qlora", seed=seed)
+    if patched:
+        fastplug.apply(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    loss = torch.tensor(0.0)
+    for i in range(steps):
+        x = tokens(2, 128, seed=i % 4)
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def test_training_ends_within_the_spread_of_two_unpatched_runs() -> None:
+    plain, other, patched = train(False, 0), train(False, 1), train(True, 0)
+    spread = abs(plain - other)
+    assert abs(plain - patched) <= max(spread, 2e-3 * plain), (plain, other, patched)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_over_fp32_weights(dtype: torch.dtype) -> None:
+    model = build("lora").float()
+    x = tokens()
+
+    def under_autocast() -> dict[str, torch.Tensor]:
+        with torch.autocast("cuda", dtype):
+            loss = model(input_ids=x, labels=x).loss
+        model.zero_grad(set_to_none=True)
+        (loss * 1024).backward()
+        return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+    truth, theirs = gradients(model, x), under_autocast()
+    applied = fastplug.apply(model, strict=True)
+    mine = under_autocast()
+    assert not applied.report.fallbacks
+    for name in theirs:
+        scale = 1.0 if name == "loss" else 1 / 1024
+        own = (theirs[name] * scale - truth[name]).norm()
+        assert (mine[name] * scale - truth[name]).norm() <= 2 * own + 1e-5 * truth[name].norm(), name
+
+
+def test_peak_memory_is_lower() -> None:
+    x = tokens(4, 1024)
+
+    def peak(model: Any) -> int:
+        gradients(model, x)
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        gradients(model, x)
+        return torch.cuda.max_memory_allocated() - base
+
+    model = build("qlora")
+    before = peak(model)
+    fastplug.apply(model)
+    assert peak(model) < 0.6 * before
+
+
+@pytest.mark.parametrize("sequences", [1, 8, 64])
+def test_generation_is_not_slower(sequences: int) -> None:
+    model = build("qlora", layers=6).eval()
+    prompt = tokens(sequences, 32)
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def median() -> float:
+        once()
+        return sorted(once() for _ in range(5))[2]
+
+    before = median()
+    fastplug.apply(model)
+    assert median() <= before / 0.97
+
+
+def test_torch_compile_trains_to_the_same_gradients() -> None:
+    model = build("qlora", layers=2)
+    x = tokens()
+    plain = gradients(model, x)
+    fastplug.apply(model)
+    compiled = torch.compile(model)
+    model.zero_grad(set_to_none=True)
+    compiled(input_ids=x, labels=x).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            cosine = torch.nn.functional.cosine_similarity(parameter.grad.flatten(), plain[name].flatten(), dim=0)
+            assert cosine > 0.99, (name, float(cosine))
