@@ -7,6 +7,8 @@ QLoRA, section 3).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,11 +28,7 @@ class BitsAndBytes4:
         if state is None:
             return "its 4-bit weight is not quantized yet (move the model to its device first)"
         if getattr(state, "packing_format_for_cpu", False):
-            # bitsandbytes repacks weights for AVX512 at the first evaluation on such CPUs and undoes it to save.
-            from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
-
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-            state = weight.quant_state
+            state = _unpack(weight, state)
         shape = tuple(state.shape)
         if len(shape) != 2:
             return f"its 4-bit weight has shape {shape}, not two dimensions"
@@ -61,3 +59,18 @@ class BitsAndBytes4:
             nested=(*nested, weight.layout[1]) if nested else None,
             row_start=row_start,
         )
+
+
+def _unpack(weight: Any, state: Any) -> Any:
+    """Undo the layout into which bitsandbytes repacks a weight at its first evaluation on a CPU with AVX512-bf16.
+
+    There the scales are plain bfloat16. bitsandbytes' own inverse leaves them so, in a layout that its decoding cannot
+    read, or quantizes them again, a little further off at every turn between training and evaluation. As fp32 they
+    keep their values.
+    """
+    from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
+
+    state.original_nested = False
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    weight.quant_state.absmax = weight.quant_state.absmax.t().reshape(-1).float()
+    return weight.quant_state
