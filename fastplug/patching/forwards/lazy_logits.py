@@ -7,21 +7,33 @@ head, with the graph that gradients need.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 
-class LazyLogits:
-    """Stands for ``head(hidden_states)`` [B, S, V] and behaves as that tensor from the first use on."""
+class LazyLogits(torch.Tensor):
+    """Stands for ``head(hidden_states)`` [B, S, V] and behaves as that tensor from the first use on.
 
-    def __init__(self, compute: Callable[[], torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
-        self._compute: Callable[[], torch.Tensor] | None = compute
-        self._value: torch.Tensor | None = None
-        self.shape = shape
-        self.dtype = dtype
+    A tensor without storage, since libraries sort what a model returns by ``isinstance(value, torch.Tensor)``. Until
+    it is computed, it tells its shape, dtype and device, and that it is no part of a graph: wrappers such as DDP ask
+    every output for that.
+    """
+
+    _compute: Callable[[], torch.Tensor] | None
+    _value: torch.Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, compute: Callable[[], torch.Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> LazyLogits:
+        made: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made._compute, made._value = compute, None
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
 
     def tensor(self) -> torch.Tensor:
         """The logits, computed once."""
@@ -31,6 +43,10 @@ class LazyLogits:
             self._compute = None  # lets go of the hidden states
         return self._value
 
+    def float(self) -> LazyLogits:
+        """The logits in fp32, still not computed: accelerate hands on all outputs of an autocast region so."""
+        return LazyLogits(lambda: self.tensor().float(), self.shape, torch.float32, self.device)
+
     @property
     def computed(self) -> bool:
         return self._value is not None
@@ -39,31 +55,39 @@ class LazyLogits:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if function in _KNOWN and isinstance(args[0], LazyLogits) and not args[0].computed:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        if function is torch.Tensor.float and not args[0].computed:  # accelerate's, on all that autocast put out
+            lazy: LazyLogits = args[0]
+            return cls(lambda: lazy.tensor().float(), lazy.shape, torch.float32, lazy.device)
         args, kwargs = torch.utils._pytree.tree_map(_tensor, (args, dict(kwargs or {})))
         return function(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy, pickle and numpy probe for protocols: those do not need the numbers
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What C++ does with the tensor (a collective, say), past ``__torch_function__``."""
+        args, kwargs = torch.utils._pytree.tree_map(_tensor, (args, dict(kwargs or {})))
+        return function(*args, **kwargs)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Any:
-        return iter(self.tensor())
-
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return _identity, (self.tensor(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.tensor().clone()
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         state = "computed" if self.computed else "computed when read"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 
-    __hash__ = object.__hash__
+
+# What is known without the numbers.
+_KNOWN = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "grad_fn", "is_leaf")
+} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point}
 
 
 def _tensor(value: Any) -> Any:
@@ -72,21 +96,3 @@ def _tensor(value: Any) -> Any:
 
 def _identity(value: Any) -> Any:
     return value
-
-
-def _delegate(name: str) -> Callable[..., Any]:
-    def method(self: LazyLogits, *args: Any) -> Any:
-        return getattr(self.tensor(), name)(*(_tensor(argument) for argument in args))
-
-    return method
-
-
-_UNARY = ("neg", "abs", "invert", "pos")
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-for _name in (*_UNARY, *_BINARY, "eq", "ne", "lt", "le", "gt", "ge", "getitem", "setitem", "contains"):
-    assert hasattr(operator, _name) or hasattr(operator, f"{_name}_")
-    setattr(LazyLogits, f"__{_name}__", _delegate(f"__{_name}__"))
-for _name in _BINARY:
-    setattr(LazyLogits, f"__r{_name}__", _delegate(f"__r{_name}__"))
-for _name in ("float", "int", "bool", "array"):
-    setattr(LazyLogits, f"__{_name}__", _delegate(f"__{_name}__"))

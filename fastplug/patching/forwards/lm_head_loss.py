@@ -29,7 +29,9 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         return NotCovered(reason)
     family, config = binding.family, model.config
     kwargs.pop("logits_to_keep", None)
-    if kwargs.get("use_cache") is None and torch.is_grad_enabled() and model.training:
+    # Without a mask, transformers tells packed sequences by their positions, but only where there is no cache.
+    packed = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
+    if kwargs.get("use_cache") is None and torch.is_grad_enabled() and model.training and not packed:
         kwargs["use_cache"] = False  # nobody reads the cache of a training step, and it would hold k and v
     outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[arg-type]
     hidden = outputs[0]
@@ -118,10 +120,10 @@ def _lazy(
             logits = head(hidden)
             logits = logits if scale == 1.0 else logits * scale
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return logits.float() if autocast else logits  # as accelerate hands them on under autocast
+        return logits
 
-    dtype = torch.float32 if autocast else hidden.dtype
-    return LazyLogits(compute, torch.Size((*hidden.shape[:-1], weight.shape[0])), dtype)
+    dtype = autocast_dtype if autocast else hidden.dtype
+    return LazyLogits(compute, torch.Size((*hidden.shape[:-1], weight.shape[0])), dtype, hidden.device)
 
 
 def refuse(site: Site, runtime: Runtime) -> str | None:
