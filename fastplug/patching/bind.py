@@ -88,7 +88,13 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
 
 
 def bind(module: nn.Module, binding: Binding, fast: FastForward) -> None:
-    """Patch one instance. Its ``__dict__`` gains one entry and its ``__class__`` changes; that is all."""
+    """Patch one instance. Its ``__dict__`` gains one entry and its ``__class__`` changes; that is all.
+
+    A bound copy of the class's own forward on the instance would hide the fast one, so it is put aside until unbind.
+    """
+    own = module.__dict__.get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:
+        binding.own_forward = module.__dict__.pop("forward")
     module.__class__ = patched_class(type(module), fast)
     module.__dict__[KEY] = binding
 
@@ -98,7 +104,8 @@ def unbind(module: nn.Module) -> bool:
 
     A class derived from ours (FSDP2's) stays: its forward then runs the original.
     """
-    if module.__dict__.pop(KEY, None) is None:
+    binding: Binding | None = module.__dict__.pop(KEY, None)
+    if binding is None:
         return False
     base = type(module).__dict__.get(MARK)
     own = module.__dict__.get("forward")
@@ -106,6 +113,8 @@ def unbind(module: nn.Module) -> bool:
         del module.__dict__["forward"]  # transformers 4.57 leaves a bound copy behind when it records outputs
     if base is not None:
         module.__class__ = base
+    if binding.own_forward is not None and "forward" not in module.__dict__:
+        module.__dict__["forward"] = binding.own_forward
     return True
 
 

@@ -53,7 +53,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
 
     Returns:
         A handle with ``report`` and ``undo()``. Applying to a patched model again changes nothing but modules that
-        are new since.
+        are new since, and those that somebody else (Liger) has taken over since: they are let go.
 
     Raises:
         ModelError: ``model`` is not a module, or its weights are on the meta device.
@@ -76,6 +76,9 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     result.notes = [] if decided else [_no_site_note(model)]
     if options.strict:
         _check_strict(result)
+    for site, choice in decided:
+        if choice.status == REFUSED:  # taken over by somebody else since an earlier apply
+            unbind(site.module)
     bound: list[nn.Module] = []
     try:
         for site, choice in new:

@@ -8,7 +8,7 @@ import sys
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from fastplug.patching.bind import MARK
+from fastplug.patching.bind import MARK, patched_class
 
 CAPTURING = "transformers.utils.output_capturing"
 
@@ -56,15 +56,33 @@ def replaced_forward(module: nn.Module) -> str | None:
     """
     if getattr(module, "_hf_hook", None) is not None:
         return "accelerate's device hooks move its inputs or weights (it is dispatched over devices or offloaded)"
-    if intercepted(module) == "a forward that was set on the instance":
-        origin = getattr(module.__dict__["forward"], "__module__", None) or "someone"
-        return f"its forward was replaced on the instance by {origin}"
+    own = module.__dict__.get("forward")
+    function = getattr(own, "__func__", own)
+    if own is not None and function is not type(module).forward and not _runs_ours(function):
+        origin = getattr(function, "__globals__", {}).get("__name__")  # functools.wraps hides it in __module__
+        return f"its forward was replaced on the instance by {origin or 'someone'}"
     kind = type(module)
     base = kind.__dict__.get(MARK, kind)
     origin = inspect.unwrap(base.forward).__module__
     if origin != base.__module__:
         return f"its class's forward was replaced by {origin}"
     return None
+
+
+def _runs_ours(function: object) -> bool:
+    """Whether an instance's forward only wraps that of a patched class, as accelerate's autocast does.
+
+    Then the fast path runs inside it whenever the module carries a binding. TRL's wrapper also names ours in
+    ``__wrapped__``, but for calls with ``fused_lm_head=True`` runs another head.
+    """
+    while function is not None:
+        origin = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if origin == patched_class.__module__:
+            return True
+        if origin.partition(".")[0] not in ("accelerate", "torch"):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def unwrap_saved(module: nn.Module) -> nn.Module | str:

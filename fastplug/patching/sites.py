@@ -73,6 +73,7 @@ class Binding:
     report: Report
     parameters: tuple[str, ...]  # the names of the original forward's parameters, self left out
     fallbacks: Counter[str] = field(default_factory=Counter)
+    own_forward: Any = None  # a bound copy of the class's forward that the instance carried before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         from copy import deepcopy

@@ -15,6 +15,7 @@ from fastplug.ops.lora.gated_mlp import gated_mlp
 from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import mlp as mlp_forward
 from fastplug.patching.forwards.blocks import interception, small_inference
+from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
@@ -53,7 +54,8 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
         if isinstance(found, str):
             return f"{name} {found}"
     for name, part in ((family.attention_name, attention_forward), (family.mlp_name, mlp_forward)):
-        reason = part.refuse(Site(name, name, getattr(layer, name), family), runtime)
+        module: nn.Module = getattr(layer, name)
+        reason = replaced_forward(module) or part.refuse(Site(name, name, module, family), runtime)
         if reason is not None:
             return f"{name}: {reason}"
     return None
