@@ -94,14 +94,16 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
                 )
                 bind(site.module, binding, choice.implementation.forward)
                 bound.append(site.module)
-    except BaseException:  # never leave a half-patched model behind
+        _reports[model] = result
+        applied = Applied(model, options)
+        if bound:
+            plugins.hook.fastplug_after_apply(applied=applied)
+    except BaseException:  # never leave a half-patched model behind, nor a patched one without a handle
         for module in bound:
             unbind(module)
+        if not before:
+            _reports.pop(model, None)
         raise
-    _reports[model] = result
-    applied = Applied(model, options)
-    if bound:
-        plugins.hook.fastplug_after_apply(applied=applied)
     return applied
 
 
