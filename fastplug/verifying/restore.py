@@ -60,18 +60,22 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def gradients(model: nn.Module) -> Iterator[None]:
     """Set ``.grad`` aside, and the hooks that would act on a finished gradient (an optimizer inside the backward)."""
-    before = [(p, p.grad, getattr(p, "_post_accumulate_grad_hooks", None)) for p in model.parameters()]
+    before = [(p, p.grad, dict(_hooks(p))) for p in model.parameters()]
     try:
         for parameter, _, hooks in before:
             parameter.grad = None
             if hooks:
-                parameter._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
+                _hooks(parameter).clear()  # the dict itself is what the backward looks into
         yield
     finally:
         for parameter, grad, hooks in before:
             parameter.grad = grad
-            if hooks:
-                parameter._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+            _hooks(parameter).update(hooks)
+
+
+def _hooks(parameter: nn.Parameter) -> dict[int, Any]:
+    hooks: dict[int, Any] | None = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return {} if hooks is None else hooks
 
 
 @contextlib.contextmanager

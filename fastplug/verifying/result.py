@@ -98,19 +98,26 @@ class VerifyResult:
             )
         return self
 
-    def table(self) -> Table:
-        """The rows as a table for ``rich.print``."""
+    def table(self, worst: int | None = None) -> Table:
+        """The rows as a table for ``rich.print``: all, or those that failed and the ``worst`` of the others."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table("", "what", "compared", title=str(self), title_justify="left", title_style="")
         for heading in ("error", "original's", "ratio", "limit"):
             table.add_column(heading, justify="right")
-        for row in self.rows:
+        shown = self.rows
+        if worst is not None:
+            passed = sorted((row for row in shown if row.ok), key=lambda row: -row.error / (row.limit or 1.0))
+            kept = {id(row) for row in (*self.failed, *passed[:worst])}
+            shown = tuple(row for row in shown if id(row) in kept)
+            table.caption = f"{len(shown)} of {len(self.rows)} comparisons, the worst ones"
+        for row in shown:
             original = "" if row.original_error is None else f"{row.original_error:.1e}"
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
             mark = "[green]ok[/]" if row.ok else "[bold red]NO[/]"
             name = f"{row.name}: {row.reason}" if row.reason else row.name
-            table.add_row(mark, row.kind, name, f"{row.error:.1e}", original, ratio, f"{row.limit:.1e}")
+            table.add_row(mark, row.kind, escape(name), f"{row.error:.1e}", original, ratio, f"{row.limit:.1e}")
         return table
 
 

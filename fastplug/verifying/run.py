@@ -95,7 +95,7 @@ class _Verification:
         self.causal = next((site for site in sites if site.role == "lm_head_loss"), None)
         self.notes: list[str] = []
         self.rows: list[Row] = []
-        self.batch = filled_batch(model, self.causal and self.causal.module, batch, self.notes)
+        self.batch = filled_batch(model, self.causal.module if self.causal else None, batch, self.notes)
         dtypes = dtypes_of(model, self.runtime)
         self.exact = all(dtype in WIDE for dtype in dtypes)
         self.measure = Measure(tolerance, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))

@@ -66,14 +66,18 @@ def dtypes_of(model: nn.Module, runtime: Runtime) -> set[torch.dtype]:
         codec = runtime.codec(module)
         if codec is not None:
             found.add(codec.compute_dtype(module, torch.float32))
-        elif hasattr(module, "base_layer") and runtime.codec(module.base_layer) is None:
+        elif not _floating(module):
             found.add(torch.float16)  # a quantization without a codec multiplies in 16 bit
     _, dtype, enabled = autocast_state(device)
-    if enabled or "forward" in model.__dict__:  # accelerate wraps an instance's forward in autocast
+    if enabled or "_original_forward" in model.__dict__:  # accelerate has wrapped the forward in autocast
         found.add(dtype)
     if runtime.options.residual_dtype is not None:
         found.add(getattr(torch, runtime.options.residual_dtype))
     return {dtype for dtype in found if torch.finfo(dtype).bits >= 16} or {torch.float32}
+
+
+def _floating(module: nn.Module) -> bool:
+    return all(p.is_floating_point() for p in module.parameters(recurse=False))
 
 
 @contextlib.contextmanager

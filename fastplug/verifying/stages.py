@@ -135,14 +135,16 @@ def head_stage(
 @contextlib.contextmanager
 def replaced(swaps: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
     """Other children in place of a module's own; the order of the children stays."""
-    before = [(owner, name, owner._modules[name]) for owner, name, _ in swaps]
+    before: list[tuple[nn.Module, str, nn.Module | None]] = [
+        (owner, name, owner._modules[name]) for owner, name, _ in swaps
+    ]
     try:
         for owner, name, child in swaps:
             owner._modules[name] = child
         yield
     finally:
-        for owner, name, child in before:
-            owner._modules[name] = child
+        for owner, name, own in before:
+            owner._modules[name] = own
 
 
 @contextlib.contextmanager

@@ -1,0 +1,5 @@
+"""``python -m fastplug``."""
+
+from fastplug.cli import main
+
+main()

@@ -1,0 +1,13 @@
+"""The command line: ``fastplug doctor | verify | export | demo``. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from fastplug.cli.app import app
+
+
+def main() -> None:
+    """The console script ``fastplug``."""
+    app(prog_name="fastplug")
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,129 @@
+"""The commands. Each imports what it needs when it runs, so that ``fastplug --help`` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastplug.cli.flags import command
+from fastplug.options import Options
+
+app = typer.Typer(
+    help="Faster, smaller fine-tuning of language models inside the trainer you already use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model id of the Hugging Face hub, or a folder.")]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of a LoRA adapter to put on it.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the first GPU, else the CPU.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto for what the model is stored in.")]
+Quant = Annotated[str | None, typer.Option(help="nf4 or fp4: bitsandbytes' 4 bit for the linear layers, as in QLoRA.")]
+Rank = Annotated[int | None, typer.Option(min=0, help="The rank of a new LoRA adapter on all linear layers; 0: none.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from fastplug import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@command
+def doctor(
+    options: Options,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A model id or folder; its weights are not needed.")
+    ] = None,
+    adapter: Adapter = None,
+    rank: Rank = None,
+    quant: Quant = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the device, the versions, the plugins, and what each part of MODEL would get, or why not."""
+    from fastplug.cli.doctor import diagnose, render, render_json
+
+    found = diagnose(options, model, device=device, dtype=dtype, quant=quant, adapter=adapter, rank=rank)
+    (render_json if json else render)(found)
+    if options.strict and found.report is not None:
+        found.require_all()
+
+
+@app.command()
+@command
+def verify(
+    model: Model,
+    options: Options,
+    adapter: Adapter = None,
+    rank: Rank = None,
+    quant: Quant = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="How many decoder layers to compare. Default: all.")] = None,
+    batch: Annotated[
+        str, typer.Option(metavar="ROWSxTOKENS|FILE", help="The size of a random batch, or a text file, a row a line.")
+    ] = "2x64",
+    tolerance: Annotated[float, typer.Option(min=1.0, help="Allowed multiple of the original's own error.")] = 2.0,
+    all_rows: Annotated[bool, typer.Option("--all", help="Print every comparison, not only the worst.")] = False,
+) -> None:
+    """Compare MODEL with and without fastplug: loss, every layer's output, every gradient. Exits 1 on a mismatch.
+
+    Without an adapter, a new one of rank 16 is put on all linear layers; --rank 0 verifies full fine-tuning.
+    """
+    from fastplug.cli.loading import make_batch, model_to_train
+    from fastplug.cli.verifying import show
+    from fastplug.patching.engine import apply
+    from fastplug.verifying import verify as compare
+
+    loaded = model_to_train(model, adapter=adapter, rank=rank, quant=quant, dtype=dtype, device=device)
+    rows = make_batch(loaded, model, batch)
+    apply(loaded, options)
+    result = compare(loaded, rows, layers=layers, tolerance=tolerance)
+    show(result, all_rows)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@command
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    adapter: Adapter = None,
+    format: Annotated[str, typer.Option(help="merged_16bit, lora, or a format of a plugin.")] = "merged_16bit",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the format. Repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+) -> None:
+    """Write MODEL, or MODEL with an adapter, in one of the export formats."""
+    from fastplug.cli.exporting import run
+
+    run(model, out, adapter, format, option or [], overwrite)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def demo(context: typer.Context) -> None:
+    """QLoRA fine-tuning of a small model with and without fastplug: a plot, an adapter, a merged model."""
+    from fastplug.demo.command import demo as function
+
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    inner.command()(command(function))
+    entry: Any = typer.main.get_command(inner)
+    result = entry.main(args=list(context.args), prog_name="fastplug demo", standalone_mode=False)
+    if isinstance(result, int) and result:
+        raise typer.Exit(result)
