@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastplug.patching.sites import KEY, Binding, FastForward, NotCovered
@@ -48,6 +49,19 @@ class _State(dict[str, Any]):
         return dict, ({key: value for key, value in self.items() if key != KEY},)
 
 
+FEW_TOKENS = 64
+
+
+def _few_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a forward without gradients is a step of a generation.
+
+    Its time goes into launching kernels, and libraries have kernels of their own for it (bitsandbytes' 4-bit matrix
+    times vector): the original forward is left to it, at the price of this question.
+    """
+    x = args[0] if args else kwargs.get("hidden_states")
+    return isinstance(x, torch.Tensor) and x.dim() > 2 and x.shape[-2] < FEW_TOKENS
+
+
 @functools.cache
 def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
     """The subclass of ``base`` whose forward is ``fast``, made once."""
@@ -57,6 +71,8 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         binding: Binding | None = self.__dict__.get(KEY)
         if binding is None:  # undone while a wrapper (accelerate's autocast, FSDP2) still holds this function
+            return original(self, *args, **kwargs)
+        if not torch.is_grad_enabled() and _few_tokens(args, kwargs):
             return original(self, *args, **kwargs)
         result = fast(self, binding, *args, **kwargs)
         if type(result) is NotCovered:

@@ -18,7 +18,7 @@ from fastplug.families.row import no_window
 from fastplug.ops.lora.attention_input import AttentionInput, Norm, attention_input
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.linear import lora_linear
-from fastplug.patching.forwards.blocks import interception, read_group, read_projections, small_inference
+from fastplug.patching.forwards.blocks import interception, read_group, read_projections
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
@@ -78,8 +78,6 @@ def run(
 def forward(module: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
     hidden_states: torch.Tensor = kwargs.pop("hidden_states")
-    if small_inference(hidden_states):
-        return NotCovered()
     family, runtime = binding.family, binding.runtime
     planned = interception(module, ()) or plan(module, family, runtime, hidden_states, None, kwargs)
     if isinstance(planned, str):

@@ -31,14 +31,6 @@ def read_group(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, runti
     return dtype if isinstance(dtype, str) else Group(projections, dtype, runtime.ops)
 
 
-def small_inference(x: torch.Tensor) -> bool:
-    """Whether this call is a step of a generation: no gradients and one token, or few, per sequence.
-
-    The original forward is left to it: a library's own small-batch kernels (bitsandbytes') are faster there.
-    """
-    return not torch.is_grad_enabled() and x.shape[-2] < 64
-
-
 def interception(module: nn.Module, parts: tuple[str, ...]) -> str | None:
     """Why running the fused path would skip something attached to the named parts of a module."""
     if global_hooks():

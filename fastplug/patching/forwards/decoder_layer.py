@@ -14,7 +14,7 @@ from torch import nn
 from fastplug.ops.lora.gated_mlp import gated_mlp
 from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import mlp as mlp_forward
-from fastplug.patching.forwards.blocks import interception, small_inference
+from fastplug.patching.forwards.blocks import interception
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
@@ -23,8 +23,6 @@ from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime
 def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
     x: torch.Tensor = kwargs.pop("hidden_states")
-    if small_inference(x):
-        return NotCovered()
     family, runtime = binding.family, binding.runtime
     if runtime.options.residual_dtype is not None:
         x = x.to(getattr(torch, runtime.options.residual_dtype))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastplug.ops.linear_cross_entropy import linear_cross_entropy
 from fastplug.patching.forwards.lazy_logits import LazyLogits
+from fastplug.patching.forwards.step_cache import step_cache
 from fastplug.patching.inspection import global_hooks
 from fastplug.patching.projection import read
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
@@ -24,18 +25,15 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     labels, shift_labels = kwargs.pop("labels", None), kwargs.get("shift_labels")
     if labels is None:
         return NotCovered()  # the caller wants logits: generation, label smoothing, a loss of its own
-    reason = _not_covered(model, kwargs)
+    family, config = binding.family, model.config
+    head: nn.Module = getattr(model, family.head)
+    reason = _not_covered(model, kwargs) or _head_reason(head, binding.runtime)
     if reason is not None:
         return NotCovered(reason)
-    family, config = binding.family, model.config
     kwargs.pop("logits_to_keep", None)
-    # Without a mask, transformers tells packed sequences by their positions, but only where there is no cache.
-    packed = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
-    if kwargs.get("use_cache") is None and torch.is_grad_enabled() and model.training and not packed:
-        kwargs["use_cache"] = False  # nobody reads the cache of a training step, and it would hold k and v
+    stand_in = _without_cache(model, kwargs)
     outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[arg-type]
     hidden = outputs[0]
-    head: nn.Module = getattr(model, family.head)
     parts = head_weight(head, hidden, binding.runtime)
     assert not isinstance(parts, str)
     features, weight, bias = parts
@@ -56,10 +54,29 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     return output_class(
         loss=result.loss,
         logits=_lazy(head, hidden, weight, family.logit_softcap(config), family.logit_scale(config)),
-        past_key_values=outputs.past_key_values,
+        past_key_values=None if stand_in else outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Turn off the cache of a training step, which nobody reads; whether a stand-in took its place.
+
+    Without a mask, transformers tells packed sequences by the positions it is given, but only where there is no cache:
+    such a step keeps the host's setting.
+    """
+    no_mask = kwargs.get("attention_mask") is None
+    if kwargs.get("use_cache") is not None or not torch.is_grad_enabled() or not model.training:
+        return False
+    if no_mask and kwargs.get("position_ids") is not None:
+        return False
+    kwargs["use_cache"] = False
+    backbone = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    if not no_mask or kwargs.get("past_key_values") is not None or getattr(backbone, "gradient_checkpointing", False):
+        return False
+    kwargs["past_key_values"] = step_cache()
+    return True
 
 
 def _not_covered(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
@@ -74,6 +91,11 @@ def _not_covered(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
     if global_hooks():
         return "hooks for all modules are registered"
     return None
+
+
+def _head_reason(head: nn.Module, runtime: Runtime) -> str | None:
+    found = read(head, runtime)
+    return f"the head {found}" if isinstance(found, str) else None
 
 
 def head_weight(

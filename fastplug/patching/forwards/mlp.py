@@ -10,7 +10,7 @@ from torch import nn
 from fastplug.families import Family
 from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
-from fastplug.patching.forwards.blocks import interception, read_group, read_projections, small_inference
+from fastplug.patching.forwards.blocks import interception, read_group, read_projections
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
 ACTIVATIONS = {
@@ -40,8 +40,6 @@ def plan(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor, norm
 
 
 def forward(module: nn.Module, binding: Binding, x: torch.Tensor) -> Any:
-    if small_inference(x):
-        return NotCovered()
     planned = interception(module, (binding.family.activation,)) or plan(
         module, binding.family, binding.runtime, x, None
     )
