@@ -295,7 +295,9 @@ def test_gpu_16_bit_without_a_sync(
             )
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_as_accurate(mine, theirs, truth, NAMES)
+    assert_as_accurate(mine[1:], theirs[1:], truth[1:], NAMES[1:])
+    # The loss is a mean over rows that are each rounded on their own: PyTorch's error in it may be zero by luck.
+    assert abs(mine[0] - truth[0]) <= 2 * torch.finfo(dtype).eps * truth[0] / rows**0.5
 
 
 @pytest.mark.gpu

@@ -317,7 +317,7 @@ def test_frozen_head_makes_no_product_in_backward(device: torch.device) -> None:
     seen = Recorder()
     with seen:
         (found.logprob * torch.randn(12, device=device)).sum().backward()
-    assert not {"mm", "addmm"} & seen.names
+    assert not {"mm", "addmm", "addmm_"} & seen.names
 
 
 class Recorder(TorchDispatchMode):
@@ -353,7 +353,7 @@ def test_the_logits_are_never_held(
         )
         assert found.entropy is not None
         (found.logprob.sum() + found.entropy.sum()).backward()
-    assert {"mm"} <= seen.names
+    assert "addmm_" in seen.names
     assert seen.largest <= 8 * (vocabulary + 63)
 
 

@@ -144,9 +144,9 @@ class _Head:
             hidden = self.hidden[rows].to(self.weight.dtype)
             logits = self.buffer[: hidden.shape[0]]
             if self.bias is None:
-                torch.mm(hidden, transposed, out=logits)
+                logits.addmm_(hidden, transposed, beta=0)  # torch.compile takes no out= that is a view
             else:
-                torch.addmm(self.bias, hidden, transposed, out=logits)
+                logits.copy_(self.bias.expand_as(logits)).addmm_(hidden, transposed)
             yield rows, hidden, logits
 
 
@@ -174,7 +174,7 @@ class Gradients:
     def add(self, rows: slice, hidden: Tensor, gradient: Tensor) -> None:
         """``gradient`` [C, V] with respect to the logits of ``hidden`` [C, H], which are ``rows`` of the whole."""
         if self.hidden is not None:
-            torch.mm(gradient, self.head.weight, out=self.hidden[rows])
+            self.hidden[rows].addmm_(gradient, self.head.weight, beta=0)
         if self.bias is not None:
             self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
         if self.weight is not None:

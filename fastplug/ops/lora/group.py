@@ -134,7 +134,7 @@ class Group:
     def _scaled(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """scaling · left @ right [tokens, rank]; the factor is applied before the product is rounded if it is one."""
         product = torch.empty(left.shape[0], right.shape[1], dtype=self.dtype, device=left.device)
-        torch.addmm(product, left, right, beta=0, alpha=1.0 if self.scaling is None else self.scaling, out=product)
+        product.addmm_(left, right, beta=0, alpha=1.0 if self.scaling is None else self.scaling)
         if self.scaling is None:
             for p, _, columns in self._blocks():
                 product[:, columns].mul_(p.scaling)
@@ -154,8 +154,7 @@ class Group:
         for p, _, columns in self._blocks():  # PEFT drops the input of each adapter on its own, in this order
             dropped, mask = drop(x, p.dropout)
             masks.append(mask)
-            part = xa[:, columns]
-            torch.addmm(part, dropped, a[columns].t(), beta=0, alpha=p.scaling, out=part)
+            xa[:, columns].addmm_(dropped, a[columns].t(), beta=0, alpha=p.scaling)
         return Kept(xa, a, b, tuple(masks))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
@@ -169,11 +168,10 @@ class Group:
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
         if kept.xa is not None and kept.b is not None:
-            torch.addmm(out, kept.xa, kept.b.t(), beta=1 if start else 0, out=out)
+            out.addmm_(kept.xa, kept.b.t(), beta=1 if start else 0)
             start = True
         for weight, rows in self._weights():
-            part = out[:, rows]
-            torch.addmm(part, x, weight.t(), beta=1 if start else 0, out=part)
+            out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
         row = 0
         for p in self.projections:
             if p.bias is not None:
@@ -215,7 +213,7 @@ class Group:
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
         for weight, rows in self._weights():
-            torch.addmm(dx, g[:, rows], weight, beta=1 if start else 0, out=dx)
+            dx.addmm_(g[:, rows], weight, beta=1 if start else 0)
             start = True
         return dx, gb
 
