@@ -127,7 +127,7 @@ class FastPlugCallback(TrainerCallback):
         if logs is None or "loss" not in logs or not self._meter.running:  # evaluations and the closing summary
             return
         parallelism = getattr(args, "parallelism_config", None)
-        replicas = getattr(model, "_tp_size", None) or getattr(parallelism, "tp_size", 1)
+        replicas: int = getattr(model, "_tp_size", None) or getattr(parallelism, "tp_size", None) or 1
         metrics = self._meter.read(args.device, replicas)
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -224,7 +224,7 @@ def _caller(kind: type[T]) -> T | None:
 
 
 @functools.cache
-def _guarded(kind: type[Trainer]) -> type[Trainer]:
+def _guarded(kind: Any) -> Any:
     """``kind`` with a ``train`` that tells the FastPlugCallback of an exception that leaves it."""
 
     @functools.wraps(kind.train)

@@ -171,18 +171,16 @@ def test_resume_crosses_over_both_ways(tmp_path: Path) -> None:
 
 
 WITHOUT_FASTPLUG = """
-import sys, pickle, torch
+import sys, torch
 for name in ("fastplug", "fastplug_hf"):
     sys.modules[name] = None
 folder = sys.argv[1]
 tokens = torch.load(f"{folder}/tokens.pt")
-if sys.argv[2] == "whole":
-    model = torch.load(f"{folder}/whole.pt", weights_only=False)
-else:
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{sys.argv[2]}")
+whole = torch.load(f"{folder}/whole.pt", weights_only=False)
+from transformers import AutoModelForCausalLM
+saved = AutoModelForCausalLM.from_pretrained(f"{folder}/saved")
 with torch.no_grad():
-    torch.save(model.eval()(input_ids=tokens).logits, f"{folder}/{sys.argv[2]}.logits")
+    torch.save([model.eval()(input_ids=tokens).logits for model in (whole, saved)], f"{folder}/logits.pt")
 """
 
 
@@ -201,9 +199,9 @@ def test_saved_files_load_without_fastplug(tmp_path: Path) -> None:
     torch.save(tokens, tmp_path / "tokens.pt")
     with torch.no_grad():
         expected = made.model.eval()(input_ids=tokens).logits
-    for what in ("saved", "whole"):
-        subprocess.run([sys.executable, "-c", WITHOUT_FASTPLUG, str(tmp_path), what], check=True)
-        assert torch.allclose(torch.load(tmp_path / f"{what}.logits"), expected, atol=1e-5), what
+    subprocess.run([sys.executable, "-c", WITHOUT_FASTPLUG, str(tmp_path)], check=True)
+    for logits in torch.load(tmp_path / "logits.pt"):
+        assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -241,7 +239,7 @@ def test_metrics_reach_tensorboard_and_the_state_file(tmp_path: Path, monkeypatc
 
 class SlowEvaluation(TrainerCallback):
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def test_evaluation_time_is_not_training_time(tmp_path: Path) -> None:
@@ -252,8 +250,8 @@ def test_evaluation_time_is_not_training_time(tmp_path: Path) -> None:
     elapsed = time.perf_counter() - started
     (rate,) = tiny.losses(made, TOKENS_PER_SECOND)
     trained = 4 * 4 * 10 / rate  # about ten tokens a row
-    assert elapsed > 3.0
-    assert trained < elapsed - 2.0
+    assert elapsed > 1.6
+    assert trained < elapsed - 1.6
 
 
 def test_other_callbacks_are_called_once_each_in_their_order(tmp_path: Path) -> None:
@@ -280,11 +278,13 @@ def test_compiled_runs_count_tokens_too(tmp_path: Path, monkeypatch: pytest.Monk
     counts: list[int] = []
     take = TokenCounter.take
     monkeypatch.setattr(TokenCounter, "take", lambda self: counts.append(take(self)) or counts[-1])
-    data = tiny.rows(12)
-    changes: dict[str, Any] = dict(data=data, torch_compile=True, torch_compile_backend="eager")
+    data = tiny.rows(8)
     torch._dynamo.reset()
-    tiny.trainer(full("llama"), tmp_path, FastPlugCallback(), train_sampling_strategy="sequential", **changes).train()
-    assert counts == [tiny.tokens_in(data[i : i + 4]) for i in (0, 4, 8)]
+    tiny.trainer(
+        models.plain("llama", num_hidden_layers=1), tmp_path, FastPlugCallback(), data=data, max_steps=2,
+        torch_compile=True, torch_compile_backend="eager", train_sampling_strategy="sequential",
+    ).train()  # fmt: skip
+    assert counts == [tiny.tokens_in(data[:4]), tiny.tokens_in(data[4:])]
 
 
 RANK = """
