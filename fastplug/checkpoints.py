@@ -97,5 +97,6 @@ def _samples(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     for name, parameter in parameters.items():
         values = parameter.detach().reshape(-1)
         count = SAMPLE if values.is_floating_point() and not values.is_meta else 0
-        made[name] = values[:: max(1, values.numel() // SAMPLE)][:count].float().cpu()
+        some = values[:: max(1, values.numel() // SAMPLE)][:count]
+        made[name] = some.float().cpu().clone()  # a view would be saved with all of its tensor
     return made
