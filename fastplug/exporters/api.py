@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastplug.errors import FastPlugError
+
+if TYPE_CHECKING:
+    from fastplug.exporters.proof import Proof
 
 
 class ExportError(FastPlugError, RuntimeError):
@@ -24,6 +28,7 @@ class ExportResult:
         bytes: Their sizes together.
         seconds: Wall time of the export.
         notes: What the user should know, one sentence each (a missing tokenizer, an adapter that changes nothing).
+        proof: The written file against the live model; None where it was not verified (``notes`` says so then).
     """
 
     format: str
@@ -32,6 +37,7 @@ class ExportResult:
     bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    proof: Proof | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""How far a file may be from the live model: one bound per format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a format may cost.
+
+    Attributes:
+        kl: Largest mean Kullback-Leibler divergence from the live model's next-token distribution, in nats.
+        top1: Smallest share of positions at which both put the same token first, among those where the live model is
+            not torn between two tokens anyway (see :class:`~fastplug.exporters.proof.compare.Proof`).
+        perplexity: Largest ratio of the file's perplexity on the held-out text to the live model's.
+    """
+
+    kl: float
+    top1: float
+    perplexity: float
+
+
+BOUNDS: dict[str, Bound] = {
+    "lora": Bound(kl=1e-4, top1=0.99, perplexity=1.01),
+    "merged_32bit": Bound(kl=1e-4, top1=0.99, perplexity=1.01),
+    "merged_16bit": Bound(kl=1e-4, top1=0.98, perplexity=1.01),
+    "onnx": Bound(kl=1e-4, top1=0.99, perplexity=1.01),
+    "fp8": Bound(kl=0.05, top1=0.85, perplexity=1.10),
+    "merged_8bit": Bound(kl=0.05, top1=0.85, perplexity=1.10),
+    "int8": Bound(kl=0.05, top1=0.85, perplexity=1.10),
+    "merged_4bit": Bound(kl=0.30, top1=0.70, perplexity=1.35),
+    "w4a16": Bound(kl=0.30, top1=0.70, perplexity=1.35),
+    "merged_16bit onto the original base": Bound(kl=0.30, top1=0.70, perplexity=1.35),
+}
