@@ -35,7 +35,7 @@ class UnloadedWeights:
         shape: Any = (linear.out_features, linear.in_features)
         return EncodedWeight(self, (weight,), shape)
 
-    def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
         return self.codec.compute_dtype(linear, dtype)
 
     def dense(self, weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor | None:

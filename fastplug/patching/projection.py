@@ -117,17 +117,18 @@ def compute_dtype(x: torch.Tensor, linears: list[nn.Module], runtime: Runtime) -
     Under autocast it is autocast's; else the one the owning library would use, which must be that of x: PEFT on a
     float32 stream over a 16-bit base mixes precisions, which a fused op would not reproduce.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        if x.dtype == torch.float64:
-            return "float64 hidden states under autocast"
-        return torch.get_autocast_dtype(x.device.type)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype == torch.float64:
+        return "float64 hidden states under autocast"
     for linear in linears:
         base = base_layer(linear)
         codec = runtime.codec(base)
         dtype = codec.compute_dtype(base, x.dtype) if codec is not None else x.dtype
-        if dtype != x.dtype:
+        if isinstance(dtype, str):
+            return f"a {type(base).__name__} {dtype}"
+        if not autocast and dtype != x.dtype:
             return (
                 f"hidden states are {x.dtype} over weights that compute in {dtype}, without autocast; train with "
                 "bf16=True or set residual_dtype"
             )
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

@@ -42,7 +42,14 @@ class BitsAndBytes4:
             return EncodedWeight(self, tensors, shape, (state.blocksize, inner.blocksize))
         return EncodedWeight(self, (packed, state.absmax, state.code), shape, (state.blocksize,))
 
-    def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
+        if (
+            not torch.is_grad_enabled()
+            and not linear.training
+            and linear.weight.device.type == "cpu"
+            and getattr(linear, "support_avx512bf16_for_cpu", False)
+        ):  # taking turns with it would repack the weights every time
+            return "rests on 4-bit weights that bitsandbytes evaluates on this CPU with a packing of its own"
         return getattr(linear, "compute_dtype", None) or dtype
 
     def dense(self, weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor | None:

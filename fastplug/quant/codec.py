@@ -51,8 +51,11 @@ class Codec(Protocol):
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         """The weight as it is now, or the reason why it cannot be read. Cheap: called at every step."""
 
-    def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which the owning library multiplies an input of ``dtype`` outside autocast."""
+    def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
+        """The dtype in which the owning library multiplies an input of ``dtype`` outside autocast.
+
+        A reason (str) instead leaves this call to the library.
+        """
 
     def dense(self, weight: EncodedWeight, dtype: torch.dtype) -> torch.Tensor | None:
         """See :meth:`EncodedWeight.dense`."""
