@@ -19,6 +19,8 @@ def tensors_left() -> int | None:
 
     None when nothing is being recomputed, or when it would run on to the end of the region.
     """
+    if torch.compiler.is_compiling():  # AOT autograd decides what is computed again
+        return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return None

@@ -65,7 +65,8 @@ def dtypes_of(model: nn.Module, runtime: Runtime) -> set[torch.dtype]:
     for module in model.modules():
         codec = runtime.codec(module)
         if codec is not None:
-            found.add(codec.compute_dtype(module, torch.float32))
+            dtype = codec.compute_dtype(module, torch.float32)
+            found.add(torch.float16 if isinstance(dtype, str) else dtype)
         elif not _floating(module):
             found.add(torch.float16)  # a quantization without a codec multiplies in 16 bit
     _, dtype, enabled = autocast_state(device)

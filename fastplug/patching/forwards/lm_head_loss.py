@@ -30,6 +30,10 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     reason = _not_covered(model, kwargs) or _head_reason(head, binding.runtime)
     if reason is not None:
         return NotCovered(reason)
+    if torch.compiler.is_compiling():
+        # The lazy logits below cannot be traced. A break here, before the model is traced, spares every caller's frame
+        # from tracing all of it only to find that.
+        torch._dynamo.graph_break()
     kwargs.pop("logits_to_keep", None)
     stand_in = _without_cache(model, kwargs)
     outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[arg-type]
