@@ -159,7 +159,7 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
     """
     known = known or {}
     lines = [
-        f"{known.get(name) or _digest(folder / name)}  {name}\n" for name in list_files(folder) if name != MANIFEST
+        f"{known.get(name) or digest_of(folder / name)}  {name}\n" for name in list_files(folder) if name != MANIFEST
     ]
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
@@ -179,12 +179,13 @@ def verify_manifest(folder: str | os.PathLike[str]) -> tuple[str, ...]:
         file = root / name
         if not file.resolve().is_relative_to(root.resolve()):
             raise ExportError(f"fastplug: {root / MANIFEST} names {name!r}, which lies outside of the folder")
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or digest_of(file) != digest:
             wrong.append(name)
     return tuple(wrong)
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 22):

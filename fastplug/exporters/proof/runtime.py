@@ -9,11 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastplug.exporters.api import ExportError
 from fastplug.exporters.models import base_of, unwrap
+from fastplug.exporters.proof.exact import exact_model
 from fastplug.exporters.tensors import peft_kind
-
-# bitsandbytes repacks such a layer when it runs in evaluation mode on some CPUs and rounds its scales for good.
-_KEEPS_MODE = ("Linear4bit",)
 
 
 class Runtime(Protocol):
@@ -35,26 +34,38 @@ class Runtime(Protocol):
 
 
 class LiveRuntime:
-    """A live model, with its adapters, patched or not. Runs in evaluation mode and is left as it was.
+    """A live model, with its adapters, patched or not. Computes in fp32, in evaluation mode, and is left as it was.
 
     Args:
         model: A transformers model or a PeftModel, possibly in DDP or ``torch.compile``.
         adapters: Names of the adapters to run with; None: whichever are active.
         enabled: False runs the base without any adapter.
+        name: For people; default: "live" and the class.
     """
 
-    def __init__(self, model: Any, adapters: Sequence[str] | None = None, *, enabled: bool = True) -> None:
+    def __init__(
+        self, model: Any, adapters: Sequence[str] | None = None, *, enabled: bool = True, name: str = ""
+    ) -> None:
         self._model, self._base = unwrap(model), base_of(model)
         self._adapters = None if adapters is None else list(adapters)
         self._enabled = enabled
-        self.name = f"live {type(self._base).__name__}"
+        self.name = name or f"live {type(self._base).__name__}"
 
     def logits(self, token_ids: Tensor) -> Tensor:
         device = self._base.get_input_embeddings().weight.device
-        with torch.inference_mode(), _evaluating(self._model), _adapted(self._model, self._adapters, self._enabled):
-            output = self._model(input_ids=token_ids.to(device).unsqueeze(0), use_cache=False)
-            logits: Tensor = output.logits[0].float().cpu()
-        return logits.clone() if logits.is_inference() else logits
+        with exact_model(self._model), _adapted(self._model, self._adapters, self._enabled):
+            try:
+                output = self._model(input_ids=token_ids.to(device).unsqueeze(0), use_cache=False)
+            except Exception as error:
+                reason = str(error).strip().splitlines() or [""]
+                raise ExportError(
+                    f"fastplug: the {self.name} cannot run here ({type(error).__name__}: {reason[0]}), so nothing can "
+                    "be proven; verify=False (--no-verify) writes the file without"
+                ) from error
+        logits: Tensor = output.logits
+        if logits.dim() != 3 or logits.shape[1] != len(token_ids):
+            raise ExportError(f"fastplug: {type(self._base).__name__} gives no logits for every position to compare")
+        return logits[0].float().cpu()
 
 
 class Recorded:
@@ -70,19 +81,6 @@ class Recorded:
         if key not in self._known:
             self._known[key] = self._runtime.logits(token_ids)
         return self._known[key]
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            if type(module).__name__ not in _KEEPS_MODE:
-                module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -106,3 +104,6 @@ def _adapted(model: Any, adapters: list[str] | None, enabled: bool) -> Iterator[
     finally:
         for module, state in states:
             module.__dict__.update(state)
+
+
+__all__ = ["LiveRuntime", "Recorded", "Runtime"]
