@@ -24,6 +24,8 @@ class Options:
             ``"triton"`` and ``"reference"`` force one of them.
         attention: ``"auto"`` lets an ``sdpa`` model use the fastest exact backend of its GPU for purely causal masks;
             ``"host"`` leaves the choice to PyTorch.
+        graphs: ``"auto"`` replays decoder layers as CUDA graphs where a training step is too short to hide the launching
+            of its kernels and nothing changes from step to step; ``"on"`` does so at any length, ``"off"`` never.
         residual_dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` casts the residual stream as it enters the
             decoder layers; None keeps the host's. (PEFT's ``prepare_model_for_kbit_training`` makes it float32.)
         plugins: Whether packages that register the entry-point group ``fastplug`` take part.
@@ -33,6 +35,7 @@ class Options:
     disable: tuple[Role, ...] = ()
     kernels: Literal["auto", "triton", "reference"] = "auto"
     attention: Literal["auto", "host"] = "auto"
+    graphs: Literal["auto", "on", "off"] = "auto"
     residual_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     plugins: bool = True
 
@@ -47,6 +50,7 @@ class Options:
                 raise OptionError(f"fastplug: {name} must be true or false, not {getattr(self, name)!r}")
         _require_one_of("kernels", self.kernels, ("auto", "triton", "reference"))
         _require_one_of("attention", self.attention, ("auto", "host"))
+        _require_one_of("graphs", self.graphs, ("auto", "on", "off"))
         _require_one_of("residual_dtype", self.residual_dtype, ("bfloat16", "float16", "float32", None))
 
     @classmethod

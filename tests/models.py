@@ -123,3 +123,16 @@ def padded(side: str, rows: int = 3, length: int = 17, seed: int = 4) -> dict[st
     before = nn.functional.pad(made["attention_mask"], (1, 0), value=0)[:, :-1]
     made["labels"] = made["labels"].masked_fill((made["attention_mask"] & before) == 0, -100)
     return made
+
+
+def add(model: Any, name: str = "other", seed: int = 5, **options: Any) -> None:
+    """A second adapter on a PEFT model, with random values."""
+    import peft
+
+    options = {"r": 4, "lora_alpha": 12, "target_modules": list(LINEARS), "task_type": "CAUSAL_LM", **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(name, peft.LoraConfig(**options))
+        for parameter_name, parameter in model.named_parameters():
+            if f".{name}." in parameter_name:
+                parameter.data.add_((torch.randn(parameter.shape) * 0.1).to(parameter))

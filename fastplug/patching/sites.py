@@ -38,6 +38,7 @@ class Runtime:
     ops: OpTable
     codecs: Sequence[Codec]
     codec_of: dict[type, Any] = field(default_factory=dict)
+    graphs: Any = None  # fastplug.graphs.replay.Shared, once a layer was asked
 
     def codec(self, linear: nn.Module) -> Codec | None:
         """The codec responsible for a linear module, decided once per class; the last one registered wins."""
@@ -74,6 +75,7 @@ class Binding:
     parameters: tuple[str, ...]  # the names of the original forward's parameters, self left out
     fallbacks: Counter[str] = field(default_factory=Counter)
     own_forward: Any = None  # a bound copy of the class's forward that the instance carried before
+    graphs: Any = None  # fastplug.graphs.replay.LayerState: what was recorded of the layer; no copy takes it along
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         from copy import deepcopy

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastplug.graphs.replay import replayed
 from fastplug.ops.lora.gated_mlp import gated_mlp
 from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import mlp as mlp_forward
@@ -59,4 +60,4 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
     return None
 
 
-IMPLEMENTATION = Implementation("decoder_layer", "fused layer", forward, refuse)
+IMPLEMENTATION = Implementation("decoder_layer", "fused layer", replayed(forward), refuse)

@@ -1,0 +1,244 @@
+"""When a decoder layer is recorded, replayed, or run as it is."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastplug.graphs.fingerprint import Fingerprint
+from fastplug.graphs.layer_graph import CUDARecorder, LayerGraph, Recorder, Replay
+from fastplug.patching.sites import Binding, FastForward, NotCovered
+
+logger = logging.getLogger("fastplug")
+
+EAGER_CALLS = 2  # calls of a shape before it is recorded: what does not come again is not worth it
+LENGTHS = 4  # recorded sequence lengths of a layer
+CHANGES = 8  # after so many changes between calls a layer is not static
+SHARE = 0.25  # of the memory that is free when recording begins
+# Where the matrix products of a layer alone take longer than Python needs to launch it, a graph gains nothing: 6 ms, at
+# the 400 TFLOP/s that an H100 reaches in bf16. Slower GPUs hide the launches sooner.
+FLOPS = 400e12 * 6e-3
+INPUTS = {"hidden_states", "position_embeddings", "attention_mask"}
+HARMLESS = {"position_ids", "cache_position", "use_cache"}  # not read without a cache, under a mask of this kind
+CACHES = {"past_key_values", "past_key_value"}
+
+Key = tuple[Any, ...]
+
+
+@dataclass
+class Shared:
+    """What the layers of one ``apply`` share."""
+
+    recorder: Recorder | None
+    off: str | None = None  # why nothing is recorded any more
+    warmed: set[Any] = field(default_factory=set)
+
+
+@dataclass
+class LayerState:
+    """What one layer has recorded. It hangs on the layer's binding, so that an undo frees it."""
+
+    weights: int  # elements of the layer's matrices
+    fingerprint: Fingerprint
+    calls: Counter[Any] = field(default_factory=Counter)
+    graphs: dict[Key, list[LayerGraph]] = field(default_factory=dict)
+    changes: int = 0
+    off: bool = False
+
+    def renew(self, layer: nn.Module) -> None:
+        """Forget what was recorded: the layer is another now."""
+        self.fingerprint = Fingerprint(layer)
+        self.calls.clear()
+        self.graphs.clear()
+        self.changes += 1
+        self.off = self.changes > CHANGES
+
+
+class Uncovered(Exception):
+    """The fast forward left a call that was to be recorded to the original one."""
+
+
+def replayed(fast: FastForward) -> FastForward:
+    """A decoder layer's fast forward that replays its launches where they are proven to be the same ones."""
+
+    @functools.wraps(fast)
+    def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
+        shared = _shared(binding)
+        if shared.recorder is None or shared.off is not None:
+            return fast(layer, binding, *args, **kwargs)
+        kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
+        key = _key(layer, binding, kwargs)
+        graph = None if key is None else _graph(layer, binding, shared, key, kwargs, fast)
+        if graph is None:
+            return fast(layer, binding, **kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        parameters = [state[name] for state, name in graph.holders]
+        hold = binding.graphs.fingerprint.pointers_hold
+        mask = kwargs.get("attention_mask")
+        out = Replay.apply(graph, hold, kwargs["hidden_states"], cos, sin, mask, *parameters)
+        return (out,) if "output_attentions" in binding.parameters else out
+
+    return forward
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """CUDA graphs where there are any."""
+    return CUDARecorder(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+def padded_length(length: int) -> int:
+    """The next length of a coarse grid: at most an eighth (below 512, 64 positions) is padding."""
+    step = max(64, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
+def _shared(binding: Binding) -> Shared:
+    runtime = binding.runtime
+    if runtime.graphs is None:
+        on = runtime.options.graphs != "off"
+        runtime.graphs = Shared(recorder_for(torch.device(binding.report.device)) if on else None)
+    return runtime.graphs  # type: ignore[no-any-return]
+
+
+def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Key | None:
+    """What a recording of this call would hold for, but the sequence length; None if it cannot be recorded."""
+    x, positions = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
+    mask = kwargs.get("attention_mask")
+    if not layer.training or not torch.is_grad_enabled() or not _plain_execution():
+        return None
+    if not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
+        return None
+    for name, value in kwargs.items():
+        idle = value is None or value is False or (name in CACHES and type(value).__name__ == "StepCache")
+        if not idle and name not in INPUTS and name not in HARMLESS:
+            return None
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 4):
+        return None
+    if mask is not None and mask.shape[2:] != (x.shape[1], x.shape[1]):
+        return None
+    attention: Any = getattr(layer, binding.family.attention_name)
+    if attention.config._attn_implementation != "sdpa" or getattr(attention, "attention_dropout", 0.0):
+        return None
+    return (
+        x.shape[0],
+        x.dtype,
+        x.requires_grad,
+        positions[0].shape[0],
+        positions[0].dtype,
+        None if mask is None else (mask.dtype, *mask.shape[:2]),
+        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _plain_execution() -> bool:
+    """Whether nothing watches or changes the ops as they run: checkpointing, tracing, a capture, modes, anomalies."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_anomaly_enabled()
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _graph(
+    layer: nn.Module, binding: Binding, shared: Shared, key: Key, kwargs: dict[str, Any], fast: FastForward
+) -> LayerGraph | None:
+    """The recording to replay for this call, made if its time has come."""
+    state: LayerState | None = binding.graphs
+    if state is None:
+        state = binding.graphs = LayerState(_weights(layer), Fingerprint(layer))
+    elif not state.off and not state.fingerprint.holds():
+        state.renew(layer)
+    batch, length = kwargs["hidden_states"].shape[:2]
+    short = 4 * batch * length * state.weights <= FLOPS or binding.runtime.options.graphs == "on"
+    if state.off or not short:
+        return None
+    known = state.graphs.setdefault(key, [])
+    graph = _fitting(known, length)
+    if graph is not None:
+        return None if graph.busy else graph
+    padded = padded_length(length)
+    state.calls[key, padded] += 1
+    if state.calls[key, padded] <= EAGER_CALLS or len(known) >= LENGTHS:
+        return None
+    graph = _record(layer, binding, shared, (key, padded), kwargs, fast)
+    if graph is None:
+        state.off = True
+    else:
+        known.append(graph)
+    return graph
+
+
+def _fitting(known: list[LayerGraph], length: int) -> LayerGraph | None:
+    """The shortest recording that holds ``length``, if not too much of it would be padding."""
+    fitting = min((graph for graph in known if graph.length >= length), key=lambda graph: graph.length, default=None)
+    limit = 2 * length if len(known) >= LENGTHS else padded_length(length)
+    return fitting if fitting is not None and fitting.length <= limit else None
+
+
+def _record(
+    layer: nn.Module, binding: Binding, shared: Shared, shape: Any, kwargs: dict[str, Any], fast: FastForward
+) -> LayerGraph | None:
+    def compute(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        result = fast(layer, binding, hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask)
+        if type(result) is NotCovered:
+            raise Uncovered(result.reason)
+        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+
+    recorder = shared.recorder
+    assert recorder is not None
+    x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+    holders = [
+        (module._parameters, name)
+        for module in layer.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        with recorder.ready():
+            before = recorder.memory()
+            graph = LayerGraph(compute, x, cos, sin, kwargs.get("attention_mask"), shape[1], holders)
+            if (type(layer), shape) not in shared.warmed:
+                with torch.random.fork_rng(recorder.devices):
+                    graph.warm_up()
+            graph.record(recorder)
+            if (type(layer), shape) not in shared.warmed:
+                _check_memory(before, recorder.memory(), binding)
+            shared.warmed.add((type(layer), shape))
+    except Uncovered:
+        return None
+    except (RuntimeError, MemoryError) as error:  # the step goes on as it would without graphs
+        shared.off = f"CUDA graphs are off: recording {binding.site_name} failed: {str(error).splitlines()[0]}"
+        binding.report.notes.append(shared.off)
+        logger.warning("fastplug: %s", shared.off)
+        return None
+    return graph
+
+
+def _check_memory(before: tuple[int, int], after: tuple[int, int], binding: Binding) -> None:
+    """Raise ``MemoryError`` if recordings of all layers would take too much of what is free."""
+    layers = sum(decision.role == "decoder_layer" for decision in binding.report.decisions)
+    needed, free = layers * (after[0] - before[0]), before[1]
+    if needed > SHARE * free:
+        raise MemoryError(f"it would take {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free")
+
+
+def _weights(layer: nn.Module) -> int:
+    """Elements of the layer's matrices, 4-bit ones counted as decoded, adapters left out."""
+    return sum(
+        module.in_features * module.out_features
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) and min(module.in_features, module.out_features) > 256
+    )
+
+
+__all__ = ["Shared", "recorder_for", "replayed"]

@@ -1,0 +1,335 @@
+"""Replayed decoder layers against the same layers run eagerly.
+
+On a GPU these are CUDA graphs. Elsewhere a stand-in takes their place that calls a recorded function again and writes
+into the recorded tensors, so that everything but the capture itself is what runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fastplug
+from fastplug.graphs import replay
+from fastplug.patching.sites import KEY
+from tests import models
+from tests.engine.step import relative
+
+pytest.importorskip("peft")
+
+BOUND = 2e-5
+
+
+class Stand_in:
+    """Replays by calling the function again, into the tensors of the first call."""
+
+    devices: list[int] = []  # noqa: RUF012
+
+    def record(self, function: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        results = function()
+
+        def again() -> None:
+            with torch.enable_grad():
+                new = function()
+            for result, value in zip(results, new):
+                result.detach().copy_(value.detach())
+
+        return results, again
+
+    def ready(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def memory(self) -> tuple[int, int]:
+        return 0, 1 << 40
+
+
+@pytest.fixture(autouse=True)
+def recorder(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(replay, "recorder_for", lambda device: Stand_in())
+
+
+def pair(device: torch.device, family: str = "llama", **lora: Any) -> tuple[Any, Any]:
+    """The same LoRA model twice: run eagerly, and with layers that are replayed."""
+    eager = models.lora(models.plain(family), **lora).to(device)
+    replayed = copy.deepcopy(eager)
+    fastplug.apply(eager, graphs="off")
+    fastplug.apply(replayed, graphs="on")
+    return eager, replayed
+
+
+def batch(device: torch.device, length: int = 64, seed: int = 0, rows: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, models.VOCABULARY, (rows, length), generator=generator).to(device)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def train(model: Any, batches: list[dict[str, torch.Tensor]], **kwargs: Any) -> list[float]:
+    """Losses of a step per batch."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for inputs in batches:
+        loss = model(**inputs, **kwargs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss))
+    return losses
+
+
+def layers(model: Any) -> list[Any]:
+    return list(model.get_base_model().model.layers)
+
+
+def recorded(model: Any) -> list[int]:
+    """Padded lengths that the first layer has recorded."""
+    state = layers(model)[0].__dict__[KEY].graphs
+    return sorted(graph.length for graphs in state.graphs.values() for graph in graphs) if state else []
+
+
+def agree(eager: Any, replayed: Any) -> None:
+    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
+        assert relative(mine.detach(), theirs.detach()) <= BOUND, name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_training_is_the_same(device: torch.device, family: str) -> None:
+    eager, replayed = pair(device, family)
+    batches = [batch(device, seed=i) for i in range(6)]
+    truth, losses = train(eager, batches), train(replayed, batches)
+    assert losses == pytest.approx(truth, rel=1e-5)
+    assert len(set(losses)) == 6
+    assert recorded(replayed) == [64]
+    agree(eager, replayed)
+
+
+def test_lengths_are_padded_to_few(device: torch.device) -> None:
+    eager, replayed = pair(device)
+    batches = [batch(device, length, seed=i) for i, length in enumerate([50, 40, 64, 33, 70, 128, 90, 40, 100, 64, 7])]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert recorded(replayed) == [64, 128]
+    agree(eager, replayed)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_masks(device: torch.device, side: str) -> None:
+    eager, replayed = pair(device)
+    batches = []
+    for i, length in enumerate([64, 64, 64, 50, 64, 60]):
+        inputs = batch(device, length, seed=i)
+        mask = torch.ones_like(inputs["input_ids"])
+        mask[1, : 5 + i] = 0
+        mask = mask if side == "left" else mask.flip(1)
+        batches.append({**inputs, "labels": inputs["labels"].masked_fill(mask == 0, -100), "attention_mask": mask})
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert recorded(replayed) == [64]
+    agree(eager, replayed)
+
+
+def test_accumulated_gradients_are_not_the_ones_that_the_next_replay_writes(device: torch.device) -> None:
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        for i in range(6):
+            model(**batch(device, seed=i)).loss.backward()
+    assert recorded(replayed) == [64]
+    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
+        if theirs.grad is not None:
+            assert relative(mine.grad, theirs.grad) <= BOUND, name
+
+
+def test_a_second_forward_before_the_backward_keeps_the_first_ones_activations(device: torch.device) -> None:
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device)] * 4)
+        losses = [model(**batch(device, seed=i)).loss for i in range(3)]
+        sum(losses[1:], losses[0]).backward()
+    assert recorded(replayed) == [64]
+    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
+        if theirs.grad is not None:
+            assert relative(mine.grad, theirs.grad) <= BOUND, name
+
+
+def test_a_forward_without_a_backward_does_not_block(device: torch.device) -> None:
+    _, replayed = pair(device)
+    train(replayed, [batch(device)] * 4)
+    replayed(**batch(device))
+    (graphs,) = layers(replayed)[0].__dict__[KEY].graphs.graphs.values()
+    assert not graphs[0].busy
+
+
+def changes() -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    def scale(model: Any) -> None:
+        for layer in layers(model):
+            layer.mlp.down_proj.scaling["default"] = 5.0
+
+    def assign(model: Any) -> None:
+        state = {name: tensor.detach().clone() * 1.5 for name, tensor in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+
+    def move(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = parameter.data * 2
+
+    def hook(model: Any) -> None:
+        for layer in layers(model):
+            layer.mlp.up_proj.register_forward_hook(lambda module, args, out: out * 1.1)
+
+    def freeze(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if "q_proj.lora_A" in name:
+                parameter.requires_grad_(False)
+
+    yield "another scaling", scale
+    yield "load_state_dict(assign=True)", assign
+    yield "parameter.data", move
+    yield "a forward hook", hook
+    yield "a frozen matrix", freeze
+    yield "merged", lambda model: model.merge_adapter()
+    yield "another adapter", lambda model: (models.add(model), model.set_adapter("other"))
+
+
+@pytest.mark.parametrize(("name", "change"), list(changes()), ids=lambda value: value if isinstance(value, str) else "")
+def test_what_changes_is_not_replayed(device: torch.device, name: str, change: Callable[[Any], Any]) -> None:
+    eager, replayed = pair(device)
+    batches = [batch(device, seed=i) for i in range(5)]
+    for model in (eager, replayed):
+        train(model, batches)
+        change(model)
+    assert recorded(replayed) == [64]
+    inputs = batch(device, seed=9)
+    for _ in range(4):  # and recorded again
+        truth, mine = eager(**inputs).loss, replayed(**inputs).loss
+        assert relative(mine.detach(), truth.detach()) <= BOUND
+        for loss, model in ((truth, eager), (mine, replayed)):
+            model.zero_grad(set_to_none=True)
+            if loss.requires_grad:
+                loss.backward()
+        for (where, ours), theirs in zip(replayed.named_parameters(), eager.parameters()):
+            assert (ours.grad is None) == (theirs.grad is None), where
+            if theirs.grad is not None:
+                assert relative(ours.grad, theirs.grad) <= BOUND, where
+
+
+def test_a_disabled_adapter_is_not_replayed(device: torch.device) -> None:
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device, seed=i) for i in range(4)])
+    inputs = batch(device, seed=7)
+    with eager.disable_adapter(), replayed.disable_adapter():
+        assert relative(replayed(**inputs).loss, eager(**inputs).loss) <= BOUND
+    assert relative(replayed(**inputs).loss.detach(), eager(**inputs).loss.detach()) <= BOUND
+
+
+def test_weights_that_move_between_forward_and_backward(device: torch.device) -> None:
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device)] * 4)
+        loss = model(**batch(device, seed=5)).loss
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # as FSDP2 does: the same values at another address
+        loss.backward()
+    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
+        if theirs.grad is not None:
+            assert relative(mine.grad, theirs.grad) <= BOUND, name
+
+
+def test_hidden_states_that_somebody_keeps_stay_as_they_were(device: torch.device) -> None:
+    _, replayed = pair(device)
+    train(replayed, [batch(device)] * 4)
+    kept = replayed(**batch(device, seed=1), output_hidden_states=True).hidden_states
+    before = [state.detach().clone() for state in kept]
+    replayed.zero_grad(set_to_none=True)
+    train(replayed, [batch(device, seed=2)])
+    assert all(torch.equal(state, copied) for state, copied in zip(kept, before))
+
+
+def test_a_second_backward_after_another_forward_is_an_error(device: torch.device) -> None:
+    _, replayed = pair(device)
+    train(replayed, [batch(device)] * 4)
+    loss = replayed(**batch(device)).loss
+    loss.backward(retain_graph=True)
+    loss.backward()  # nothing has changed in between
+    loss = replayed(**batch(device)).loss
+    loss.backward(retain_graph=True)
+    replayed(**batch(device))
+    with pytest.raises(RuntimeError, match="graphs='off'"):
+        loss.backward()
+
+
+def test_lora_dropout_is_drawn_anew_and_depends_on_the_seed_alone(device: torch.device) -> None:
+    _, replayed = pair(device, lora_dropout=0.3)
+    train(replayed, [batch(device)] * 4)
+    assert recorded(replayed) == [64]
+
+    def losses() -> list[float]:
+        torch.manual_seed(3)
+        return [float(replayed(**batch(device)).loss) for _ in range(3)]
+
+    first = losses()
+    assert len(set(first)) == 3
+    assert losses() == first
+
+
+def test_checkpointing_evaluation_and_generation_are_left_alone(device: torch.device) -> None:
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    batches = [batch(device, seed=i) for i in range(4)]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert recorded(replayed) == []
+    with torch.no_grad():
+        train_mode = replayed(**batch(device)).loss
+    assert recorded(replayed) == []
+    assert relative(replayed.eval()(**batch(device)).loss.detach(), train_mode) <= BOUND
+
+
+def test_a_failing_recording_turns_graphs_off(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, replayed = pair(device)
+
+    def fail(self: Any, recorder: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay.LayerGraph, "record", fail)
+    batches = [batch(device, seed=i) for i in range(5)]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    (note,) = fastplug.report(replayed).notes
+    assert "not permitted" in note
+
+
+def test_too_little_memory_turns_graphs_off(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, replayed = pair(device)
+    kind = type(replay.recorder_for(device))
+    sizes = iter([(0, 1000), (200, 800)])
+    monkeypatch.setattr(kind, "memory", lambda self: next(sizes))
+    batches = [batch(device, seed=i) for i in range(5)]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert "GiB that are free" in fastplug.report(replayed).notes[0]
+
+
+def test_a_copy_and_an_undo_take_nothing_along(device: torch.device) -> None:
+    _, replayed = pair(device)
+    train(replayed, [batch(device)] * 4)
+    twin = copy.deepcopy(replayed)
+    assert recorded(twin) == []
+    train(twin, [batch(device)] * 4)
+    fastplug.undo(replayed)
+    assert KEY not in layers(replayed)[0].__dict__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.gpu
+def test_autocast(dtype: torch.dtype, device: torch.device) -> None:
+    eager, replayed = pair(device)
+    batches = [batch(device, seed=i) for i in range(5)]
+    with torch.autocast("cuda", dtype):
+        truth, losses = train(eager, batches), train(replayed, batches)
+    assert losses == pytest.approx(truth, rel=1e-5)
+    assert recorded(replayed) == [64]
