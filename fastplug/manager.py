@@ -79,7 +79,11 @@ class Manager:
         return [item for items in reversed(results) for item in items or ()]
 
 
-@functools.cache
 def manager(plugins: bool = True) -> Manager:
     """The manager of this process: with the installed plugins, or with the built-ins alone."""
+    return _manager(plugins)
+
+
+@functools.cache
+def _manager(plugins: bool) -> Manager:  # manager() and manager(True) are one
     return Manager(plugins)

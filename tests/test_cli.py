@@ -132,11 +132,11 @@ def test_doctor_names_a_broken_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     broken = importlib.metadata.EntryPoint("broken", "no_such_package_at_all", manager.GROUP)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [broken])
-    manager.manager.cache_clear()
+    manager._manager.cache_clear()
     try:
         result = run("doctor")
     finally:
-        manager.manager.cache_clear()
+        manager._manager.cache_clear()
     assert result.exit_code == 0
     assert "not loaded: ModuleNotFoundError" in result.output
 
