@@ -1,0 +1,1 @@
+"""A model of its own, made fast by fastplug through an entry point."""
