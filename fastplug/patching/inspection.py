@@ -64,7 +64,7 @@ def replaced_forward(module: nn.Module) -> str | None:
     kind = type(module)
     base = kind.__dict__.get(MARK, kind)
     origin = inspect.unwrap(base.forward).__module__
-    if origin != base.__module__:
+    if origin not in {parent.__module__ for parent in base.__mro__}:  # a class may inherit its forward
         return f"its class's forward was replaced by {origin}"
     return None
 
