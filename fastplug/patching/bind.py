@@ -22,6 +22,17 @@ from fastplug.patching.sites import KEY, Binding, FastForward, NotCovered
 MARK = "_fastplug_base"  # set on the subclasses only
 
 
+class _Patched(type):
+    """The metaclass of patched classes, of which every instance of the original class counts as an instance.
+
+    FSDP's wrap policies look for a class by name, take the first they find and wrap its instances: where that is the
+    patched class, a layer that fastplug left as it was must not go unwrapped.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, vars(cls)[MARK]) if MARK in vars(cls) else type.__instancecheck__(cls, instance)
+
+
 class _Class:
     """A class that deep-copies as the patched one and pickles as the original.
 
@@ -99,7 +110,8 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
         "__copy__": __copy__,
         MARK: base,
     }
-    cls: type[nn.Module] = type(base.__name__, (base,), namespace)
+    metaclass: Any = _Patched if type(base) is type else type(base)
+    cls: type[nn.Module] = metaclass(base.__name__, (base,), namespace)
     return cls
 
 
@@ -111,8 +123,10 @@ def bind(module: nn.Module, binding: Binding, fast: FastForward) -> None:
     own = module.__dict__.get("forward")
     if getattr(own, "__func__", None) is type(module).forward:
         binding.own_forward = module.__dict__.pop("forward")
-    module.__class__ = patched_class(type(module), fast)
-    module.__dict__[KEY] = binding
+    kinds = type(module).__mro__
+    if not any(MARK in vars(kind) and kind is patched_class(vars(kind)[MARK], fast) for kind in kinds):
+        module.__class__ = patched_class(type(module), fast)
+    module.__dict__[KEY] = binding  # after an undo, a class of FSDP2's may still rest on the patched one
 
 
 def unbind(module: nn.Module) -> bool:

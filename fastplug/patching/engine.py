@@ -21,6 +21,7 @@ from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.report import LEFT, PATCHED, REFUSED, Decision, Report
 from fastplug.patching.sites import KEY, Binding, Choice, Implementation, Runtime, Site
 from fastplug.patching.walk import walk
+from fastplug.sharding import SHARDED
 
 logger = logging.getLogger("fastplug")
 
@@ -68,10 +69,14 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
         return Applied(model, before[0][1].runtime.options)
     device = _device(model)
     plugins = manager(options.plugins)
-    runtime = Runtime(options, table_for(device, options.kernels, options.plugins), plugins.collect("fastplug_codecs"))
+    ops = table_for(device, options.kernels, options.plugins)
+    runtime = Runtime(options, ops, plugins.collect("fastplug_codecs"))
+    for _, binding in before:  # FSDP moves a model to its device after it was patched
+        binding.runtime.ops = ops
     decided = decide(model, runtime, plugins)
     new = [(site, choice) for site, choice in decided if KEY not in site.module.__dict__]
     result = before[0][1].report if before else _new_report(model, device, runtime)
+    result.device, result.ops = str(device), dict(ops.names)
     result.decisions = [_decision(site, choice) for site, choice in decided]
     result.notes = [] if decided else [_no_site_note(model)]
     if options.strict:
@@ -163,8 +168,13 @@ def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
     if site.role in runtime.options.disable:
         return Choice(candidate, LEFT, "disabled by the options")
     reason = replaced_forward(site.module)
+    bound: Binding | None = site.module.__dict__.get(KEY)
+    if reason is None and bound is not None and bound.implementation == candidate.name:
+        return Choice(candidate, PATCHED)  # its weights may be sharded by now, until they are gathered at the call
     if reason is None:
         reason = candidate.refuse(site, runtime)
+        if reason is not None and reason.endswith(SHARDED) and getattr(site.module, "_is_fsdp_managed_module", False):
+            reason = None  # FSDP gathers them before the forward, which looks again
     if reason is not None:
         return Choice(candidate, REFUSED, reason)
     reason = candidate.left_alone(site, runtime)
@@ -224,12 +234,16 @@ def _device(model: nn.Module) -> torch.device:
     """
     first: torch.device | None = None
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
+        device = parameter.device
+        if device.type == "meta":
             raise ModelError(
                 f"fastplug.apply: parameter {name} is on the meta device, so the model has no weights yet; load them "
                 "first (`fastplug doctor MODEL` shows what an unloaded model would get)"
             )
-        first = first or parameter.device
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and mesh.device_type != device.type:  # offloaded by FSDP, which computes elsewhere
+            device = torch.device(mesh.device_type, getattr(torch, mesh.device_type).current_device())
+        first = first or device
     if first is None:
         raise ModelError(f"fastplug.apply: {type(model).__name__} has no parameters, so there is nothing to patch")
     return first

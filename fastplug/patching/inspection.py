@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from fastplug.patching.bind import MARK, patched_class
+from fastplug.sharding import own_class
 
 CAPTURING = "transformers.utils.output_capturing"
 
@@ -61,7 +62,7 @@ def replaced_forward(module: nn.Module) -> str | None:
     if own is not None and function is not type(module).forward and not _runs_ours(function):
         origin = getattr(function, "__globals__", {}).get("__name__")  # functools.wraps hides it in __module__
         return f"its forward was replaced on the instance by {origin or 'someone'}"
-    kind = type(module)
+    kind = own_class(type(module))
     base = kind.__dict__.get(MARK, kind)
     origin = inspect.unwrap(base.forward).__module__
     if origin not in {parent.__module__ for parent in base.__mro__}:  # a class may inherit its forward

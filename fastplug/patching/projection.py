@@ -14,6 +14,7 @@ from torch import nn
 from fastplug.ops.lora.group import Projection
 from fastplug.patching.inspection import intercepted, unwrap_saved
 from fastplug.patching.sites import Runtime
+from fastplug.sharding import SHARDED, own_class, whole
 
 PEFT_LINEAR = {
     ("peft.tuners.lora.layer", "Linear"),
@@ -21,12 +22,15 @@ PEFT_LINEAR = {
 }
 
 
-def read(module: nn.Module, runtime: Runtime) -> Projection | str:
-    """The projection that ``module`` is at present, or the reason why no fused op covers it."""
-    reason = intercepted(module)
+def read(module: nn.Module, runtime: Runtime, inside: bool = False) -> Projection | str:
+    """The projection that ``module`` is at present, or the reason why no fused op covers it.
+
+    ``inside`` tells that this is within a call of the module, so that its hooks have run or will.
+    """
+    reason = None if inside else intercepted(module)
     if reason is not None:
         return f"has {reason}"
-    kind = type(module)
+    kind = own_class(type(module))
     codec = runtime.codec(module)
     if codec is not None:
         return _base(module, runtime)
@@ -87,8 +91,8 @@ def _adapted(layer: nn.Module, runtime: Runtime) -> Projection | str:
     for part, what in ((a, "lora_A"), (b, "lora_B")):
         if type(part) is not nn.Linear or part.bias is not None:
             return f"has a {what} that is not a plain bias-free linear layer"
-        if type(part.weight) is not nn.Parameter or part.weight.dim() != 2 or not part.weight.numel():
-            return f"has a sharded {what}"
+        if not whole(part.weight, 2):
+            return f"has a {what} that {SHARDED}"
         reason = intercepted(part)
         if reason is not None:
             return f"has {reason} on its {what}"

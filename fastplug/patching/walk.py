@@ -8,6 +8,7 @@ from torch import nn
 
 from fastplug.families import Family
 from fastplug.patching.sites import Site
+from fastplug.sharding import own_class
 
 
 def walk(model: nn.Module, families: Sequence[Family]) -> Iterator[Site]:
@@ -21,7 +22,7 @@ def walk(model: nn.Module, families: Sequence[Family]) -> Iterator[Site]:
         for class_name, role in family.classes.items():
             known[family.module, class_name] = (role, family)
     for name, module in model.named_modules():
-        kind = type(module)
+        kind = own_class(type(module))
         found = known.get((kind.__module__, kind.__qualname__))
         if found is not None:
             yield Site(found[0], name, module, found[1])

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastplug.ops.table import OpTable
 from fastplug.quant.codec import EncodedWeight
+from fastplug.sharding import SHARDED, distributed
 
 
 class BitsAndBytes4:
@@ -27,6 +28,8 @@ class BitsAndBytes4:
         state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
         if state is None:
             return "its 4-bit weight is not quantized yet (move the model to its device first)"
+        if distributed(weight):
+            return f"its 4-bit weight {SHARDED}"
         if getattr(state, "packing_format_for_cpu", False):
             state = _unpack(weight, state)
         shape = tuple(state.shape)
@@ -35,7 +38,7 @@ class BitsAndBytes4:
         packed = weight.detach()
         packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
         if packed.numel() != (shape[0] * shape[1] + 1) // 2:
-            return "its 4-bit weight is sharded: its bytes do not cover its shape"
+            return f"its 4-bit weight {SHARDED}"
         if state.nested:
             inner = state.state2
             tensors = (packed, state.absmax, state.code, inner.code, inner.absmax, state.offset)

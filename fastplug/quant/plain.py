@@ -7,6 +7,7 @@ from torch import nn
 
 from fastplug.ops.table import OpTable
 from fastplug.quant.codec import EncodedWeight
+from fastplug.sharding import SHARDED, distributed, own_class, whole
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -15,16 +16,18 @@ class Plain:
     name = "plain"
 
     def matches(self, linear: nn.Module) -> bool:
-        return type(linear) is nn.Linear
+        return own_class(type(linear)) is nn.Linear
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         weight = linear.weight
+        if distributed(weight):
+            return f"its weight {SHARDED}"
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
             return f"its weight is a {type(weight).__name__}"
         if weight.dtype not in FLOATS:
             return f"its weight has dtype {weight.dtype}"
-        if weight.dim() != 2:
-            return "its weight is partitioned"
+        if not whole(weight, 2):
+            return f"its weight {SHARDED}"
         return EncodedWeight(self, (weight,), (weight.shape[0], weight.shape[1]))
 
     def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype:
