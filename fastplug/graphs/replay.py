@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from fastplug.graphs.fingerprint import Fingerprint
-from fastplug.graphs.layer_graph import CUDARecorder, LayerGraph, Recorder, Replay
+from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, KeptGraph, LayerGraph
+from fastplug.graphs.nodes import Checkpointed, Kept
+from fastplug.graphs.recorder import Recorder, recorder_for
+from fastplug.ops.recompute import Countdown, checkpointing
 from fastplug.patching.sites import Binding, FastForward, NotCovered
 
 logger = logging.getLogger("fastplug")
@@ -38,22 +41,28 @@ class Shared:
     recorder: Recorder | None
     off: str | None = None  # why nothing is recorded any more
     warmed: set[Any] = field(default_factory=set)
+    buffers: dict[Any, Buffers] = field(default_factory=dict)  # of layers under gradient checkpointing
 
 
 @dataclass
 class LayerState:
     """What one layer has recorded. It hangs on the layer's binding, so that an undo frees it."""
 
-    weights: int  # elements of the layer's matrices
     fingerprint: Fingerprint
+    weights: int  # elements of the layer's matrices
+    dropout: bool
     calls: Counter[Any] = field(default_factory=Counter)
     graphs: dict[Key, list[LayerGraph]] = field(default_factory=dict)
     changes: int = 0
     off: bool = False
 
+    @classmethod
+    def of(cls, layer: nn.Module) -> LayerState:
+        return cls(Fingerprint(layer), _weights(layer), _drops(layer))
+
     def renew(self, layer: nn.Module) -> None:
         """Forget what was recorded: the layer is another now."""
-        self.fingerprint = Fingerprint(layer)
+        self.fingerprint, self.dropout = Fingerprint(layer), _drops(layer)
         self.calls.clear()
         self.graphs.clear()
         self.changes += 1
@@ -77,19 +86,14 @@ def replayed(fast: FastForward) -> FastForward:
         graph = None if key is None else _graph(layer, binding, shared, key, kwargs, fast)
         if graph is None:
             return fast(layer, binding, **kwargs)
-        cos, sin = kwargs["position_embeddings"]
-        parameters = [state[name] for state, name in graph.holders]
-        hold = binding.graphs.fingerprint.pointers_hold
-        mask = kwargs.get("attention_mask")
-        out = Replay.apply(graph, hold, kwargs["hidden_states"], cos, sin, mask, *parameters)
+        x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        given = (x.detach(), cos, sin, kwargs.get("attention_mask"))
+        tensors = (x, *(state[name] for state, name in graph.holders))
+        node = Kept if isinstance(graph, KeptGraph) else Checkpointed
+        out = node.apply(graph, binding.graphs.fingerprint.pointers_hold, given, *tensors)
         return (out,) if "output_attentions" in binding.parameters else out
 
     return forward
-
-
-def recorder_for(device: torch.device) -> Recorder | None:
-    """CUDA graphs where there are any."""
-    return CUDARecorder(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
 def padded_length(length: int) -> int:
@@ -110,7 +114,8 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Key | No
     """What a recording of this call would hold for, but the sequence length; None if it cannot be recorded."""
     x, positions = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
     mask = kwargs.get("attention_mask")
-    if not layer.training or not torch.is_grad_enabled() or not _plain_execution():
+    saving = checkpointing()
+    if not layer.training or not torch.is_grad_enabled() or saving == "hooks" or _watched():
         return None
     if not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
         return None
@@ -126,6 +131,7 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Key | No
     if attention.config._attn_implementation != "sdpa" or getattr(attention, "attention_dropout", 0.0):
         return None
     return (
+        saving,
         x.shape[0],
         x.dtype,
         x.requires_grad,
@@ -137,11 +143,10 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Key | No
     )
 
 
-def _plain_execution() -> bool:
-    """Whether nothing watches or changes the ops as they run: checkpointing, tracing, a capture, modes, anomalies."""
-    return not (
+def _watched() -> bool:
+    """Whether something watches or changes the ops as they run: tracing, a capture, modes, anomaly detection."""
+    return bool(
         torch.compiler.is_compiling()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.is_anomaly_enabled()
@@ -155,17 +160,17 @@ def _graph(
     """The recording to replay for this call, made if its time has come."""
     state: LayerState | None = binding.graphs
     if state is None:
-        state = binding.graphs = LayerState(_weights(layer), Fingerprint(layer))
+        state = binding.graphs = LayerState.of(layer)
     elif not state.off and not state.fingerprint.holds():
         state.renew(layer)
     batch, length = kwargs["hidden_states"].shape[:2]
     short = 4 * batch * length * state.weights <= FLOPS or binding.runtime.options.graphs == "on"
-    if state.off or not short:
+    if state.off or not short or (state.dropout and key[0] == "checkpointed"):  # two replays draw two masks
         return None
     known = state.graphs.setdefault(key, [])
     graph = _fitting(known, length)
     if graph is not None:
-        return None if graph.busy else graph
+        return None if isinstance(graph, KeptGraph) and graph.busy else graph
     padded = padded_length(length)
     state.calls[key, padded] += 1
     if state.calls[key, padded] <= EAGER_CALLS or len(known) >= LENGTHS:
@@ -204,9 +209,16 @@ def _record(
         if parameter is not None and parameter.requires_grad
     ]
     try:
-        with recorder.ready():
+        with recorder.ready(), Countdown():  # in place of the hooks of torch.utils.checkpoint
             before = recorder.memory()
-            graph = LayerGraph(compute, x, cos, sin, kwargs.get("attention_mask"), shape[1], holders)
+            given = (x, cos, sin, kwargs.get("attention_mask"))
+            graph: KeptGraph | CheckpointedGraph
+            if shape[0][0] == "checkpointed":
+                if shape not in shared.buffers:
+                    shared.buffers[shape] = Buffers(given, shape[1])
+                graph = CheckpointedGraph(compute, shared.buffers[shape], x.requires_grad, holders)
+            else:
+                graph = KeptGraph(compute, Buffers(given, shape[1]), x.requires_grad, holders)
             if (type(layer), shape) not in shared.warmed:
                 with torch.random.fork_rng(recorder.devices):
                     graph.warm_up()
@@ -241,4 +253,8 @@ def _weights(layer: nn.Module) -> int:
     )
 
 
-__all__ = ["Shared", "recorder_for", "replayed"]
+def _drops(layer: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+
+
+__all__ = ["Shared", "replayed"]

@@ -12,6 +12,34 @@ import inspect
 import torch
 
 HOOK = "_recomputation_hook.__init__.<locals>.pack_hook"
+FIRST_HOOK = "_checkpoint_hook.__init__.<locals>.pack_hook"
+
+
+class Countdown(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the tensors that nodes save; with ``total``, :func:`tensors_left` counts down to the last of them."""
+
+    def __init__(self, total: int | None = None) -> None:
+        self.total, self.count = total, 0
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return tensor.detach()  # an output that saved itself would never be freed
+
+    @staticmethod
+    def _unpack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def checkpointing() -> str:
+    """What takes the tensors that nodes save: ``"nothing"`` but themselves, ``"checkpointed"`` where the first pass of
+    ``torch.utils.checkpoint`` throws them away, or other ``"hooks"``."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return "nothing"
+    pack = inspect.unwrap(hooks[0])
+    first = getattr(pack, "__qualname__", None) == FIRST_HOOK and pack.__module__ == "torch.utils.checkpoint"
+    return "checkpointed" if first else "hooks"
 
 
 def tensors_left() -> int | None:
@@ -24,6 +52,9 @@ def tensors_left() -> int | None:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return None
+    countdown = getattr(hooks[0], "__self__", None)
+    if isinstance(countdown, Countdown):
+        return None if countdown.total is None else countdown.total - countdown.count
     pack = inspect.unwrap(hooks[0])
     if getattr(pack, "__qualname__", None) != HOOK or pack.__module__ != "torch.utils.checkpoint":
         return None

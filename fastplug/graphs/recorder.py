@@ -1,0 +1,65 @@
+"""Recording launches with CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+Record = tuple[list[torch.Tensor], Callable[[], None]]
+
+
+class Recorder(Protocol):
+    """Records a function's launches: CUDA graphs, or in tests a stand-in that calls the function again."""
+
+    devices: list[int]  # whose random number generators a warm-up must leave alone
+
+    def record(self, function: Callable[[], list[torch.Tensor]]) -> Record:
+        """The function's results, and a call that computes them again in the same tensors."""
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Where everything that belongs to a recording runs."""
+
+    def memory(self) -> tuple[int, int]:
+        """(bytes allocated, bytes free)."""
+
+
+class CUDARecorder:
+    """CUDA graphs, recorded on a stream of their own, that share one memory pool.
+
+    They may share it because nothing but tensors that stay referenced lives from one replay to another.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.devices = [device.index or 0]
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], list[torch.Tensor]]) -> Record:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            results = function()
+        finally:
+            graph.capture_end()
+        return results, graph.replay
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def memory(self) -> tuple[int, int]:
+        allocated = torch.cuda.memory_allocated(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - allocated
+        return allocated, torch.cuda.mem_get_info(self.device)[0] + unused
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """CUDA graphs where there are any."""
+    return CUDARecorder(device) if device.type == "cuda" and torch.version.hip is None else None
