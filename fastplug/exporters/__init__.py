@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from fastplug.exporters.api import Exporter, ExportError, ExportResult
 from fastplug.exporters.lora import lora
-from fastplug.exporters.merged import merged_16bit
+from fastplug.exporters.merged import merged_16bit, merged_32bit
 from fastplug.manager import hookimpl
 
 BUILTIN: tuple[Exporter, ...] = (
     Exporter("merged_16bit", "the model with its adapter merged in: bf16 or fp16 safetensors", merged_16bit),
+    Exporter("merged_32bit", "the same in fp32", merged_32bit),
     Exporter("lora", "the adapter alone, in PEFT's layout", lora),
 )
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fastplug.errors import MissingExtra, ModelError, OptionError
 from fastplug.exporters.api import ExportError
 from fastplug.exporters.tensors import peft_kind
 
-_QUANTIZED_BY = {"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"}
+_QUANTIZED_BY = {"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "compressed-tensors"}
+_8BIT_ACTIVATIONS = ("Linear8bitLt",)
 
 
 def unwrap(model: Any) -> Any:
@@ -99,6 +101,17 @@ def check_quantization(base: Any) -> None:
     )
 
 
+def quantizes_activations(base: Any) -> bool:
+    """Whether layers of ``base`` quantize their inputs as well, which merged weights do not."""
+    return any(type(module).__name__ in _8BIT_ACTIVATIONS for module in base.modules())
+
+
+def named_base(model: Any) -> str:
+    """The base that the adapters of ``model`` say they were trained on, or ''."""
+    names = (getattr(config, "base_model_name_or_path", None) for config in adapter_configs(model).values())
+    return next((str(name) for name in names if name), "")
+
+
 def sixteen_bit(base: Any) -> torch.dtype:
     """The 16-bit dtype of a model: its config's, else what most weights have or were quantized from, else bf16."""
     sixteen = (torch.bfloat16, torch.float16)
@@ -115,14 +128,16 @@ def sixteen_bit(base: Any) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def load(folder: str | os.PathLike[str], adapter: str | os.PathLike[str] | None) -> Any:
+def load(folder: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, quant: str | None = None) -> Any:
     """A model from a folder, with an adapter on it where one is given; nothing is downloaded or unpickled.
 
     Args:
         folder: A model folder, or an adapter folder, whose config then names the base.
         adapter: An adapter folder, or None.
+        quant: ``"nf4"``, ``"fp4"`` or ``"int8"``: quantize the linear layers on loading; None: as it is stored.
 
     Raises:
+        OptionError: Another ``quant``.
         MissingExtra: transformers or PEFT is not installed.
         ExportError: A missing file, or an adapter that does not fit the base.
     """
@@ -139,9 +154,51 @@ def load(folder: str | os.PathLike[str], adapter: str | os.PathLike[str] | None)
     known = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())
     architecture = next((cls for cls in known if cls is not None), transformers.AutoModelForCausalLM)
     key = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    options = {key: "auto", "local_files_only": True, "use_safetensors": True}
-    model = architecture.from_pretrained(source, **options)
+    _check_index(Path(source))
+    options: dict[str, Any] = {key: "auto", "local_files_only": True, "use_safetensors": True}
+    if quant is not None:
+        options["quantization_config"] = _bitsandbytes_config(transformers, quant)
+    try:
+        model = architecture.from_pretrained(source, output_loading_info=True, **options)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"fastplug: {source} cannot be loaded: {reason[0]}") from error
+    model, info = model
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise ExportError(
+                f"fastplug: {source} has {len(keys)} {kind.replace('_', ' ')}, the first is {keys[0]}; the folder is "
+                "damaged, or its config is that of another model: get it again"
+            )
     return model if adapter is None else _with_adapter(model, Path(adapter), source)
+
+
+def _bitsandbytes_config(transformers: Any, quant: str) -> Any:
+    if quant == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if quant not in ("nf4", "fp4"):
+        raise OptionError(f"fastplug: quant cannot be {quant!r}; one of nf4, fp4, int8")
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quant, bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def _check_index(folder: Path) -> None:
+    """Raise :class:`ExportError` if an index names a shard that lies outside of ``folder`` or is not there."""
+    import json
+
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ExportError(f"fastplug: {index} is not an index of safetensors files; get it again") from error
+        for name in sorted(map(str, names)):
+            file = Path(os.path.normpath(folder / name))
+            if os.path.isabs(name) or not file.is_relative_to(os.path.normpath(folder)):
+                raise ExportError(f"fastplug: {index} names {name!r}, which lies outside of the folder; do not use it")
+            if not file.is_file():
+                raise ExportError(f"fastplug: {folder} has no {name}, which its index names; get the model again")
 
 
 def _base_of_adapter(folder: str) -> str:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,8 @@ DTYPES: dict[torch.dtype, str] = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -56,38 +59,58 @@ def file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
 
 
 class SafetensorsWriter:
-    """Write one safetensors file, tensor by tensor, in the order of ``specs``.
+    """Write one safetensors file, tensor by tensor.
 
     Args:
         path: The file; it must not exist.
-        specs: All tensors of the file, in the order in which they will be written (see :func:`file_order`).
+        specs: All tensors of the file, in the order in which they lie there (see :func:`file_order`).
         metadata: Text for ``__metadata__``; transformers wants ``{"format": "pt"}``.
+        ordered: Whether they are written in that order too. Otherwise each goes to its place, and the file is read
+            once more at the end for its digest.
 
     Leaving the ``with`` block checks that every tensor was written. ``sha256`` is the digest of the file, computed
-    while writing.
+    from what was written and not from what the disk made of it.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        ordered: bool = True,
+    ) -> None:
         self.path = path
-        self._pending = list(reversed(specs))
+        self._ordered = ordered
+        self._pending = {spec.name: spec for spec in specs}
         self._header = _header(specs, metadata or {"format": "pt"})
+        self._places: dict[str, int] = {}
+        place = len(self._header)
+        for spec in specs:
+            self._places[spec.name] = place
+            place += spec.nbytes
+        self._specs = tuple(specs)
         self._hash = hashlib.sha256()
+        self._parts: dict[str, bytes] = {}
         self.sha256 = ""
 
     def __enter__(self) -> SafetensorsWriter:
-        self._file = open(self.path, "xb")
+        self._file = open(self.path, "x+b", buffering=0)
         self._workers = ThreadPoolExecutor(2)  # both release the GIL, so the next tensor is computed meanwhile
         self._running: list[Future[Any]] = []
-        self._append(memoryview(self._header))
+        _write_all(self._file, memoryview(self._header), 0)
+        self._hash.update(self._header)
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append ``tensor`` (any device, any strides). Its name, shape and dtype must be the next spec's.
+        """Write ``tensor`` (any device, any strides), whose name, shape and dtype must be a spec's, if ``ordered`` the
+        next one's.
 
         It is written while the caller goes on, so do not change it before the ``with`` block is left. An error of the
         disk is raised by the next call or at the end of the block.
         """
-        spec = self._pending.pop() if self._pending else None
+        expected = next(iter(self._pending), None) if self._ordered else name
+        spec = self._pending.pop(expected, None) if expected is not None else None
         if spec is None or (spec.name, spec.shape, spec.dtype) != (name, tuple(tensor.shape), tensor.dtype):
             raise ExportError(
                 f"fastplug: {name} came out as {tuple(tensor.shape)} {tensor.dtype}, but {spec} was planned; this is "
@@ -95,12 +118,17 @@ class SafetensorsWriter:
             )
         if tensor.numel():
             flat = tensor.detach().contiguous().cpu().reshape(-1)
-            data: Any = flat.view(torch.uint8).numpy()
-            self._append(memoryview(data))
+            values: Any = flat.view(torch.uint8).numpy()
+            data = memoryview(values)
+            self._finish()
+            hashing = self._hash.update if self._ordered else partial(self._hash_part, name)
+            self._running = [
+                self._workers.submit(_write_all, self._file, data, self._places[name]),
+                self._workers.submit(hashing, data),
+            ]
 
-    def _append(self, data: memoryview) -> None:
-        self._finish()
-        self._running = [self._workers.submit(self._file.write, data), self._workers.submit(self._hash.update, data)]
+    def _hash_part(self, name: str, data: memoryview) -> None:
+        self._parts[name] = hashlib.sha256(data).digest()
 
     def _finish(self) -> None:
         running, self._running = self._running, []
@@ -113,12 +141,37 @@ class SafetensorsWriter:
         try:
             if kind is None:
                 self._finish()
+                if not self._ordered and not self._pending:
+                    self._hash_file()
         finally:
             self._workers.shutdown()
             self._file.close()
         if kind is None and self._pending:
             raise ExportError(f"fastplug: {self.path.name} lacks {len(self._pending)} planned tensors")
         self.sha256 = self._hash.hexdigest()
+
+    def _hash_file(self) -> None:
+        self._file.seek(len(self._header))
+        for spec in self._specs:
+            part, left = hashlib.sha256(), spec.nbytes
+            while left:
+                block = self._file.read(min(left, 1 << 22))
+                if not block:
+                    break
+                part.update(block)
+                self._hash.update(block)
+                left -= len(block)
+            if spec.nbytes and part.digest() != self._parts[spec.name]:
+                raise ExportError(
+                    f"fastplug: {spec.name} does not read back as it was written; the disk may be failing"
+                )
+
+
+def _write_all(file: Any, data: memoryview, place: int) -> None:
+    """Write at ``place``; a raw file may take less than it is given, and no more than 2 GiB at once."""
+    file.seek(place)
+    while len(data):
+        data = data[file.write(data[: 1 << 28]) :]
 
 
 def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,23 @@ _MARKERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "tekke
 PROVENANCE = "fastplug.json"
 
 
-def write_config(base: Any, folder: Path, dtype: torch.dtype, *, untie: bool = False) -> None:
-    """Write ``config.json`` as ``save_pretrained`` of the plain 16-bit model would; ``base`` keeps its own config."""
+def write_config(
+    base: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    untie: bool = False,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``config.json`` as ``save_pretrained`` of the plain model would; ``base`` keeps its own config.
+
+    Args:
+        base: The model.
+        folder: Where to.
+        dtype: Of the weights.
+        untie: Turn ``tie_word_embeddings`` off.
+        quantization: The ``quantization_config`` of what is written.
+    """
     config = copy.deepcopy(base.config)
     for part in (config, *_parts(config)):
         for name in ("quantization_config", "_pre_quantization_dtype", "_attn_implementation_autoset"):
@@ -40,6 +55,8 @@ def write_config(base: Any, folder: Path, dtype: torch.dtype, *, untie: bool = F
         if untie and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
     config.architectures = [type(base).__name__.removeprefix("FSDP")]
+    if quantization is not None:
+        config.quantization_config = dict(quantization)
     config.save_pretrained(folder)
 
 

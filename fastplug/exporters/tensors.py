@@ -12,14 +12,21 @@ import re
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastplug.exporters.api import ExportError
 from fastplug.exporters.merging import TokenRows, Update, exact_fp32, expert_updates, lora_updates
-from fastplug.exporters.weights import decode_weight, logical_spec, refuse_unreadable, repacked_for_cpu
+from fastplug.exporters.weights import (
+    decode_weight,
+    is_quantized,
+    logical_spec,
+    refuse_unreadable,
+    repacked_for_cpu,
+    scale_names,
+)
 
 # Wrappers that add a level of names and nothing else.
 _TRANSPARENT = {"OptimizedModule": "_orig_mod", "CheckpointWrapper": "_checkpoint_wrapped_module"}
@@ -37,6 +44,7 @@ class LazyTensor:
         identity: Equal for names that share one tensor (tied weights).
         adapters: Whether an adapter changes it.
         parameter: Whether it is a parameter rather than a buffer.
+        linear: The name of the linear layer whose weight it is ('' for others, and for the head over the vocabulary).
     """
 
     name: str
@@ -46,6 +54,7 @@ class LazyTensor:
     identity: Hashable
     adapters: bool = False
     parameter: bool = True
+    linear: str = ""
 
 
 @dataclass
@@ -69,28 +78,55 @@ class Merge:
     repacked: list[str] = field(default_factory=list)
 
 
+class Source(Protocol):
+    """Where weights are taken from instead of decoding those of the model."""
+
+    def take(self, name: str, decoded: Tensor) -> Tensor:
+        """The weight ``name``; ``decoded`` is what the model holds."""
+
+
 def merged_tensors(
-    model: nn.Module, adapters: Sequence[str] | None, dtype: torch.dtype, keep_fp32: Sequence[str] = ()
+    model: nn.Module,
+    adapters: Sequence[str] | None,
+    dtype: torch.dtype | None,
+    keep_fp32: Sequence[str] = (),
+    *,
+    originals: Source | None = None,
+    exact_linear: bool = False,
 ) -> Merge:
     """List the tensors of ``model`` with ``adapters`` merged in.
 
     Args:
         model: The base model, with PEFT's layers inside of it or without any.
         adapters: Names of the adapters to merge; None takes those that are active in each layer.
-        dtype: What floating-point parameters are written in. Buffers keep their dtype.
+        dtype: What floating-point parameters are written in; None: each as it is stored. Buffers keep their dtype.
         keep_fp32: Patterns of parameters that stay fp32 where they are (transformers' ``_keep_in_fp32_modules``).
+        originals: Where to take the weights from that ``model`` holds quantized.
+        exact_linear: Give the weights of linear layers in fp32, whatever ``dtype`` is.
 
     Raises:
         ExportError: A tensor that cannot be read, or an adapter state that cannot be merged, naming the module.
     """
-    walk = _Walk(adapters, dtype, keep_fp32)
+    walk = _Walk(model, adapters, dtype, keep_fp32, originals, exact_linear)
     walk.visit(model, "")
     return walk.merge
 
 
 class _Walk:
-    def __init__(self, adapters: Sequence[str] | None, dtype: torch.dtype, keep_fp32: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        adapters: Sequence[str] | None,
+        dtype: torch.dtype | None,
+        keep_fp32: Sequence[str],
+        originals: Source | None,
+        exact_linear: bool,
+    ) -> None:
         self.merge = Merge()
+        self._originals = originals
+        self._exact_linear = exact_linear
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._head = set() if head is None else {id(module) for module in head.modules()}
         self._adapters = adapters
         self._dtype = dtype
         self._keep_fp32 = [re.compile(rf"(^|\.){pattern}(\.|$)") for pattern in keep_fp32]
@@ -167,11 +203,12 @@ class _Walk:
             )
         if missing := updates.keys() - module._parameters.keys():
             raise ExportError(f"fastplug: {name} has no parameter {missing.pop()!r} of its own to merge into")
+        scales = scale_names(module)
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and key not in scales:
                 self._add(module, key, parameter, prefix + key, updates.get(key), True)
         for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
+            if buffer is not None and key not in module._non_persistent_buffers_set and key not in scales:
                 self._add(module, key, buffer, prefix + key, None, False)
         for key, child in module._modules.items():
             if child is not None:
@@ -180,9 +217,14 @@ class _Walk:
     def _add(
         self, module: nn.Module, key: str, tensor: Tensor, name: str, update: Update | None, parameter: bool
     ) -> None:
-        refuse_unreadable(tensor, name)
+        refuse_unreadable(tensor, name, module)
         shape, stored = logical_spec(tensor)
         dtype = self._target(name, stored) if parameter else stored
+        linear = ""
+        if isinstance(module, nn.Linear) and key == "weight" and id(module) not in self._head:
+            linear = name.removesuffix(".weight")
+            dtype = torch.float32 if self._exact_linear else dtype
+        originals = self._originals if is_quantized(tensor) else None
         if repacked_for_cpu(tensor):
             self.merge.repacked.append(name)
         if update is not None:
@@ -192,6 +234,7 @@ class _Walk:
 
         def read() -> Tensor:
             values = decode_weight(module, key)
+            values = values if originals is None else originals.take(name, values)
             if update is None and dtype == values.dtype:
                 return values
             with exact_fp32():
@@ -205,14 +248,14 @@ class _Walk:
 
         storage = (tensor.device, tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
         identity = (storage, None if update is None else update.identity)
-        self.merge.tensors.append(LazyTensor(name, shape, dtype, read, identity, update is not None, parameter))
+        self.merge.tensors.append(LazyTensor(name, shape, dtype, read, identity, update is not None, parameter, linear))
 
     def _target(self, name: str, stored: torch.dtype) -> torch.dtype:
         if not stored.is_floating_point:
             return stored
         if stored == torch.float32 and any(pattern.search(name) for pattern in self._keep_fp32):
             return stored
-        return self._dtype
+        return stored if self._dtype is None else self._dtype
 
 
 def _finite(values: Tensor) -> bool:

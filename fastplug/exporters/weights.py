@@ -1,4 +1,4 @@
-"""Reading a stored weight: plain 16- and 32-bit, bitsandbytes 4-bit and 8-bit.
+"""Reading a stored weight: plain 16- and 32-bit, bitsandbytes 4-bit and 8-bit, FP8 with scales.
 
 Reading never changes the module: no move, no unpacking in place, no cached copy.
 """
@@ -25,6 +25,29 @@ def is_8bit(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "Int8Params" and tensor.dtype == torch.int8
 
 
+def is_fp8(tensor: Tensor) -> bool:
+    """Whether ``tensor`` holds 8-bit floats, which stand for values only with their scales."""
+    return tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether the values that ``tensor`` stands for have to be decoded."""
+    return is_4bit(tensor) or is_8bit(tensor) or is_fp8(tensor)
+
+
+# transformers' FP8Linear multiplies by weight_scale_inv (in spite of its name), compressed-tensors by weight_scale.
+_WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
+_OTHER_SCALES = ("activation_scale", "input_scale", "weight_zero_point", "weight_shape")
+
+
+def scale_names(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters and buffers of ``module`` that belong to the encoding of its weight and not to it."""
+    weight = module._parameters.get("weight")
+    quantized = weight is not None and is_fp8(weight)
+    # compressed-tensors leaves the scales in place when it decompresses a layer.
+    return frozenset((*_WEIGHT_SCALES, *_OTHER_SCALES) if quantized or hasattr(module, "quantization_scheme") else ())
+
+
 def refuse_sharded(tensor: Tensor, name: str) -> None:
     """Raise :class:`ExportError` if ``tensor`` holds only a part of its values, or none."""
     gather = (
@@ -43,16 +66,22 @@ def refuse_sharded(tensor: Tensor, name: str) -> None:
         )
 
 
-def refuse_unreadable(tensor: Tensor, name: str) -> None:
+def refuse_unreadable(tensor: Tensor, name: str, module: nn.Module | None = None) -> None:
     """Raise :class:`ExportError` for a tensor whose values this module cannot read, naming it and the way out."""
     refuse_sharded(tensor, name)
-    if is_4bit(tensor) or is_8bit(tensor):
+    if is_4bit(tensor) or is_8bit(tensor) or (is_fp8(tensor) and module is not None and _fp8_scale(module) is not None):
         return
-    plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor).__name__ in ("Params4bit", "Int8Params")
-    if not plain or tensor.dtype not in DTYPES:
+    if name.endswith(".weight_packed"):
         raise ExportError(
-            f"fastplug: {name} is a {type(tensor).__name__} of {tensor.dtype}; only plain 16- and 32-bit weights and "
-            "bitsandbytes 4-bit and 8-bit ones can be decoded here. Merge onto the unquantized base instead"
+            f"fastplug: {name} is packed by compressed-tensors; load the model with "
+            "CompressedTensorsConfig(dequantize=True), or merge onto the unquantized base"
+        )
+    plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor).__name__ in ("Params4bit", "Int8Params")
+    if not plain or tensor.dtype not in DTYPES or is_fp8(tensor):
+        raise ExportError(
+            f"fastplug: {name} is a {type(tensor).__name__} of {tensor.dtype}; only plain 16- and 32-bit weights, "
+            "bitsandbytes 4-bit and 8-bit, and FP8 with its scales can be decoded here. Merge onto the unquantized "
+            "base instead"
         )
 
 
@@ -62,7 +91,7 @@ def logical_spec(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
         state: Any = tensor.quant_state  # type: ignore[attr-defined]
         dtype = state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
         return tuple(state.shape), dtype
-    return tuple(tensor.shape), torch.float32 if is_8bit(tensor) else tensor.dtype
+    return tuple(tensor.shape), torch.float32 if is_8bit(tensor) or is_fp8(tensor) else tensor.dtype
 
 
 def decode_weight(module: nn.Module, name: str = "weight") -> Tensor:
@@ -76,7 +105,7 @@ def decode_weight(module: nn.Module, name: str = "weight") -> Tensor:
         A tensor of the logical shape, in the dtype that holds the values exactly: the stored dtype of a plain weight
         (the stored tensor itself, so do not write into it), the dtype from which a 4-bit weight was quantized
         (bitsandbytes rounds to it when it decodes), fp32 for an 8-bit one: ``codes * SCB / 127`` (LLM.int8(),
-        arXiv:2208.07339).
+        arXiv:2208.07339), and for FP8 ``weight * scale`` of its tensor, row or block.
 
     Raises:
         ExportError: An 8-bit weight without its scales.
@@ -94,7 +123,37 @@ def decode_weight(module: nn.Module, name: str = "weight") -> Tensor:
 
         values: Tensor = int8_vectorwise_dequant(tensor.data, scales.to(tensor.device))
         return values
+    if is_fp8(tensor):
+        return _decode_fp8(module, tensor.detach())
     return tensor.detach()  # type: ignore[no-any-return]
+
+
+def _fp8_scale(module: nn.Module) -> Tensor | None:
+    found = (getattr(module, name, None) for name in _WEIGHT_SCALES)
+    return next((scale for scale in found if scale is not None), None)
+
+
+def _decode_fp8(module: nn.Module, weight: Tensor) -> Tensor:
+    scale: Any = _fp8_scale(module)
+    scale = scale.detach().to(weight.device).float()
+    values = weight.float()
+    rows, columns = values.shape
+    if scale.numel() == 1 or scale.shape == (rows, 1):
+        return values.mul_(scale)
+    if scale.dim() == 1 and len(scale) == rows:
+        return values.mul_(scale[:, None])
+    block: Any = getattr(module, "block_size", None)
+    if block is None:  # compressed-tensors keeps it in the scheme
+        weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        block = getattr(weights, "block_structure", None) or (1, columns // scale.shape[-1])
+    high, wide = block
+    if scale.shape != (-(-rows // high), -(-columns // wide)):
+        raise ExportError(
+            f"fastplug: an FP8 {type(module).__name__} of shape {rows}x{columns} has scales of shape "
+            f"{tuple(scale.shape)} for blocks of {high}x{wide}; load the model again"
+        )
+    expanded = scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+    return values.mul_(expanded)
 
 
 def repacked_for_cpu(tensor: Tensor) -> bool:

@@ -430,7 +430,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert any("No tokenizer" in note for note in result.notes)
     result = merged_16bit(llama(), tmp_path / "given", tokenizer=Tokenizer(VOCABULARY))
     assert "tokenizer.json" in result.files
-    assert not result.notes
+    assert not any("No tokenizer" in note for note in result.notes)
     with pytest.raises(ExportError, match="97 tokens but the embedding of LlamaForCausalLM only 96 rows"):
         merged_16bit(llama(), tmp_path / "large", tokenizer=Tokenizer(VOCABULARY + 1))
     with pytest.raises(ExportError, match="has no tokenizer"):
@@ -440,5 +440,5 @@ def test_tokenizer(tmp_path: Path) -> None:
 
 
 def test_builtin_exporters() -> None:
-    assert [exporter.format for exporter in BUILTIN] == ["merged_16bit", "lora"]
+    assert {exporter.format for exporter in BUILTIN} >= {"merged_16bit", "merged_32bit", "lora"}
     assert all(exporter.description and callable(exporter.export) for exporter in BUILTIN)

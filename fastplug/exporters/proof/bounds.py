@@ -20,6 +20,10 @@ class Bound:
     top1: float
     perplexity: float
 
+    def widened(self, other: Bound) -> Bound:
+        """The wider of the two in each measure."""
+        return Bound(max(self.kl, other.kl), min(self.top1, other.top1), max(self.perplexity, other.perplexity))
+
 
 BOUNDS: dict[str, Bound] = {
     "lora": Bound(kl=1e-4, top1=0.99, perplexity=1.01),
@@ -31,5 +35,6 @@ BOUNDS: dict[str, Bound] = {
     "int8": Bound(kl=0.05, top1=0.85, perplexity=1.10),
     "merged_4bit": Bound(kl=0.30, top1=0.70, perplexity=1.35),
     "w4a16": Bound(kl=0.30, top1=0.70, perplexity=1.35),
-    "merged_16bit onto the original base": Bound(kl=0.30, top1=0.70, perplexity=1.35),
+    "onto the original base": Bound(kl=0.30, top1=0.70, perplexity=1.35),
+    "8-bit activations": Bound(kl=0.02, top1=0.90, perplexity=1.05),
 }

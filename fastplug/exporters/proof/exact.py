@@ -7,7 +7,7 @@ needs memory for one layer in fp32 (and for embedding, norm and head) and not fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastplug.exporters.merging import exact_fp32
+from fastplug.exporters.weights import decode_weight, is_fp8
 from fastplug.patching.bind import MARK
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -30,8 +31,8 @@ def exact_model(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_evaluating(model))
         stack.enter_context(_compute_dtype(model))
         blocks = _blocks(model)
-        inside = {id(tensor) for block in blocks for tensor in _half_tensors(block)}
-        stack.enter_context(_cast(tensor for tensor in _half_tensors(model) if id(tensor) not in inside))
+        inside = {id(tensor) for block in blocks for tensor, _ in _narrow(block)}
+        stack.enter_context(_cast([pair for pair in _narrow(model) if id(pair[0]) not in inside]))
         for block in blocks:
             _cast_while_it_runs(block, stack)
         yield
@@ -52,18 +53,25 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _half_tensors(module: nn.Module) -> list[Tensor]:
-    """16-bit parameters and buffers, each once. Quantized weights are of other dtypes."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in _HALF}
-    return list(tensors.values())
+def _narrow(module: nn.Module) -> list[tuple[Tensor, nn.Module]]:
+    """Parameters and buffers that are not computed in fp32, each once, with their module.
+
+    16-bit ones, and the weights of FP8 layers, which multiply plainly once their weight is wide.
+    """
+    found: dict[int, tuple[Tensor, nn.Module]] = {}
+    for part in module.modules():
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            if tensor.dtype in _HALF or (is_fp8(tensor) and "FP8Linear" in type(part).__name__):
+                found.setdefault(id(tensor), (tensor, part))
+    return list(found.values())
 
 
 @contextmanager
-def _cast(tensors: Iterable[Tensor]) -> Iterator[None]:
-    before = [(tensor, tensor.data) for tensor in tensors]
+def _cast(tensors: Sequence[tuple[Tensor, nn.Module]]) -> Iterator[None]:
+    before = [(tensor, tensor.data) for tensor, _ in tensors]
     try:
-        for tensor, data in before:
-            tensor.data = data.float()
+        for tensor, module in tensors:
+            tensor.data = decode_weight(module) if is_fp8(tensor) else tensor.data.float()
         yield
     finally:
         for tensor, data in before:
@@ -74,7 +82,7 @@ def _cast_while_it_runs(block: nn.Module, stack: ExitStack) -> None:
     running = ExitStack()
 
     def enter(*_: Any) -> None:
-        running.enter_context(_cast(_half_tensors(block)))
+        running.enter_context(_cast(_narrow(block)))
 
     def leave(*_: Any) -> None:
         running.close()

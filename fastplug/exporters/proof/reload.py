@@ -103,7 +103,7 @@ def prove_folder(
 def sample_of(base: Any, tokenizer: Any, texts: Sequence[str] | None = None) -> Sample:
     """The sample for a model: its vocabulary, no longer than its positions."""
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    rows = int(base.get_input_embeddings().weight.shape[0])
+    rows = int(config.vocab_size)
     longest = int(getattr(config, "max_position_embeddings", None) or 256)
     return sample_for(tokenizer, rows, texts=texts, length=min(256, longest))
 
@@ -131,6 +131,11 @@ def written_tokenizer(folder: Path, live: Any = None, notes: list[str] | None = 
     return found
 
 
+def gives_logits(base: Any) -> bool:
+    """Whether ``base`` has a head over its vocabulary, so that there is something to compare."""
+    return getattr(base, "get_output_embeddings", lambda: None)() is not None
+
+
 def original_class(model: Any) -> Any:
     """The class of ``model`` beneath what fastplug, FSDP and PEFT put on it."""
     cls: Any = type(unwrap(model))
@@ -141,7 +146,7 @@ def original_class(model: Any) -> Any:
 
 def _device(base: Any, folder: Path) -> torch.device:
     """The device of ``base`` if the folder fits there twice over, else the CPU."""
-    device: torch.device = base.get_input_embeddings().weight.device
+    device: torch.device = next(base.parameters()).device
     if device.type != "cuda":
         return torch.device("cpu")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -149,4 +154,12 @@ def _device(base: Any, folder: Path) -> torch.device:
     return device if 2 * size < free else torch.device("cpu")
 
 
-__all__ = ["check_digests", "original_class", "prove_folder", "reload", "sample_of", "written_tokenizer"]
+__all__ = [
+    "check_digests",
+    "gives_logits",
+    "original_class",
+    "prove_folder",
+    "reload",
+    "sample_of",
+    "written_tokenizer",
+]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from fastplug.exporters.api import ExportError
@@ -52,7 +51,7 @@ class LiveRuntime:
         self.name = name or f"live {type(self._base).__name__}"
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        device = self._base.get_input_embeddings().weight.device
+        device = next(self._base.parameters()).device
         with exact_model(self._model), _adapted(self._model, self._adapters, self._enabled):
             try:
                 output = self._model(input_ids=token_ids.to(device).unsqueeze(0), use_cache=False)
