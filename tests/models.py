@@ -72,7 +72,13 @@ def randomize_adapters(model: nn.Module) -> None:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
 
 
-def quantized(model: Any, kind: str = "nf4", double: bool = True, compute_dtype: torch.dtype = torch.float32) -> Any:
+def quantized(
+    model: Any,
+    kind: str = "nf4",
+    double: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    names: tuple[str, ...] = LINEARS,
+) -> Any:
     """Turn the linears of the layers into bitsandbytes 4-bit ones, in place.
 
     Their widths must be multiples of the block of 64: bitsandbytes' own CPU code decodes others wrongly.
@@ -81,7 +87,7 @@ def quantized(model: Any, kind: str = "nf4", double: bool = True, compute_dtype:
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name in LINEARS:
+            if type(child) is nn.Linear and name in names:
                 linear = bnb.nn.Linear4bit(
                     child.in_features,
                     child.out_features,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from fastplug.families.row import Family, NormRow
+import importlib
+
+from fastplug.families.row import Family, NormRow, QKNormRow, RopeRow
 from fastplug.manager import hookimpl
+
+MODULES = (
+    "llama", "mistral", "qwen2", "gemma", "phi", "granite", "smollm", "olmo", "glm", "cohere", "layer_norm_models",
+    "mixtures",
+)  # fmt: skip
 
 
 @hookimpl
 def fastplug_families() -> list[Family]:
-    from fastplug.families.llama import LLAMA
-    from fastplug.families.mistral import MISTRAL
-    from fastplug.families.qwen2 import QWEN2, QWEN3
+    rows: list[Family] = []
+    for name in MODULES:
+        rows.extend(importlib.import_module(f"fastplug.families.{name}").FAMILIES)
+    return rows
 
-    return [LLAMA, MISTRAL, QWEN2, QWEN3]
 
-
-__all__ = ["Family", "NormRow"]
+__all__ = ["Family", "NormRow", "QKNormRow", "RopeRow"]

@@ -1,12 +1,33 @@
-"""Mistral: Llama with a sliding window that the config holds for all layers."""
+"""Mistral: Llama with a sliding window that the config holds for all layers. Ministral: a window by layer."""
 
 from torch import nn
 
 from fastplug.families.row import Family
 
 
-def window(attention: nn.Module) -> int | None:
+def config_window(attention: nn.Module) -> int | None:
     return getattr(attention.config, "sliding_window", None)  # type: ignore[return-value]
 
 
-MISTRAL = Family("mistral", "transformers.models.mistral.modeling_mistral", "Mistral", sliding_window=window)
+MISTRAL = Family(
+    "mistral",
+    "transformers.models.mistral.modeling_mistral",
+    "Mistral",
+    attention_arguments={"sliding_window": config_window},
+)
+MINISTRAL = Family(
+    "ministral",
+    "transformers.models.ministral.modeling_ministral",
+    "Ministral",
+    attention_arguments={"sliding_window": "sliding_window"},
+)
+MIXTRAL = Family(
+    "mixtral",
+    "transformers.models.mixtral.modeling_mixtral",
+    "Mixtral",
+    class_names={"mlp": None},
+    attention_arguments={"sliding_window": config_window},
+    mixture=True,
+    trace_loss=True,
+)
+FAMILIES = (MISTRAL, MINISTRAL, MIXTRAL)

@@ -8,21 +8,27 @@ from torch import nn
 from fastplug.families import Family
 from fastplug.ops.lora.attention_input import Norm
 from fastplug.patching.inspection import intercepted, unwrap_saved
+from fastplug.sharding import SHARDED, own_class, whole
 
 
-def read_norm(module: nn.Module, family: Family) -> tuple[torch.Tensor, Norm] | str:
-    """(weight [width], parameters), or the reason why no fused op covers the module."""
+def read_norm(module: nn.Module, family: Family, inside: bool = False) -> tuple[torch.Tensor, Norm] | str:
+    """(weight [width], parameters), or the reason why no fused op covers the module.
+
+    ``inside`` tells that this is within a call of the module, so that its hooks have run or will.
+    """
     inner = unwrap_saved(module)
     if isinstance(inner, str):
         return f"has {inner}"
-    reason = intercepted(inner)
+    reason = None if inside else intercepted(inner)
     if reason is not None:
         return f"has {reason}"
-    kind = type(inner)
-    if kind.__qualname__ != f"{family.prefix}RMSNorm" or kind.__module__ != family.module:
+    kind = own_class(type(inner))
+    if not family.plays(inner, "norm"):
         return f"is a {kind.__module__}.{kind.__qualname__}"
-    weight = inner.weight
-    if type(weight) is not nn.Parameter or weight.dim() != 1 or not weight.numel():
-        return "has a sharded weight"
+    weight = getattr(inner, "weight", None)
+    if weight is None:
+        return "has no weight"
+    if not whole(weight, 1):
+        return f"has a weight that {SHARDED}"
     row = family.norm
     return weight, Norm(getattr(inner, row.eps), row.offset, row.cast_first)

@@ -35,12 +35,20 @@ class AttentionInput:
         head_dim: Width of one head; the numbers of heads follow from the projections' shapes.
         norm: The norm before the projections, or None if the input is normalised already.
         qk_norm: The norm over each query and key head before RoPE, or None.
+        widths: How many of the projections' channels are q, k and v; by default each has a projection of its own.
+        by_head: Whether a joint projection puts out q, k and v of the first head, then of the second.
+        rotate: Whether RoPE is applied; without it there is no ``qk_norm`` either.
+        interleaved: Whether RoPE turns neighbouring channels.
     """
 
     group: Group
     head_dim: int
     norm: Norm | None = None
     qk_norm: Norm | None = None
+    widths: tuple[int, int, int] | None = None
+    by_head: bool = False
+    rotate: bool = True
+    interleaved: bool = False
 
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -86,7 +94,8 @@ class AttentionInputFunction(torch.autograd.Function):
         q, k, v = _heads(spec, qkv, x.shape[:2])
         raw_q = raw_k = None
         if spec.qk_norm is None:
-            ops.rope.forward(q, k, cos, sin, q, k)
+            if spec.rotate:
+                ops.rope.forward(q, k, cos, sin, q, k, interleaved=spec.interleaved)
         else:
             raw_q, raw_k = q, k
             q, k = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -100,6 +109,7 @@ class AttentionInputFunction(torch.autograd.Function):
                 q_weight=q_weight,
                 k_weight=k_weight,
                 eps=spec.qk_norm.eps,
+                interleaved=spec.interleaved,
                 **spec.qk_norm.kwargs(),
             )
         ctx.spec = spec
@@ -128,8 +138,11 @@ class AttentionInputFunction(torch.autograd.Function):
         dk = torch.zeros_like(dk_out) if dk is None else dk.transpose(1, 2)
         dv_out.copy_(dv.transpose(1, 2)) if dv is not None else dv_out.zero_()
         dq_weight = dk_weight = None
-        if spec.qk_norm is None:
-            ops.rope.backward(dq, dk, cos, sin, dq_out, dk_out)
+        if not spec.rotate:
+            dq_out.copy_(dq)
+            dk_out.copy_(dk)
+        elif spec.qk_norm is None:
+            ops.rope.backward(dq, dk, cos, sin, dq_out, dk_out, interleaved=spec.interleaved)
         else:
             dq_weight, dk_weight = ops.rope.backward(
                 dq,
@@ -143,6 +156,7 @@ class AttentionInputFunction(torch.autograd.Function):
                 q_weight=q_weight,
                 k_weight=k_weight,
                 eps=spec.qk_norm.eps,
+                interleaved=spec.interleaved,
                 weight_grad=needs[5] or needs[6],
                 **spec.qk_norm.kwargs(),
             )
@@ -175,6 +189,9 @@ def _normed(
 
 def _heads(spec: AttentionInput, qkv: torch.Tensor, shape: tuple[int, ...]) -> Three:
     """Views [B, S, heads, head_dim] of q, k and v in the joint buffer [B·S, out_features]."""
-    widths = [p.shape[0] for p in spec.group.projections]
+    if spec.by_head:
+        q, k, v = qkv.view(*shape, -1, 3, spec.head_dim).unbind(-2)
+        return q, k, v
+    widths = spec.widths or [p.shape[0] for p in spec.group.projections]
     q, k, v = (part.view(*shape, -1, spec.head_dim) for part in qkv.view(*shape, -1).split(widths, dim=-1))
     return q, k, v

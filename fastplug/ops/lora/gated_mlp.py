@@ -1,6 +1,6 @@
 """A gated MLP with its norm and residual adds as one node.
 
-h = x + residual, n = norm(h), out = h + down(act(gate(n)) · up(n)).
+h = x + residual, n = norm(h), out = h + factor · down(act(gate(n)) · up(n)).
 
 Kept for the backward: h, its 1/rms, gate and up. The normalised input and the activation are computed again, each in
 the pass that needs it anyway.
@@ -23,16 +23,26 @@ class GatedMLP:
     """What the node needs beside tensors.
 
     Attributes:
-        gate_up: The gate and up projections, in that order.
+        gate_up: The gate and up projections, in that order, or the one that makes both.
         down: The down projection, a group of one.
         activation: ``silu``, ``gelu`` or ``gelu_tanh``.
         norm: The norm before gate and up, or None if the input is normalised already (and nothing is added).
+        factor: The factor on the MLP's output where h is added to it (Granite's residual multiplier).
+        joined: Whether h is added. Else it is returned beside the MLP's output, which another norm goes over first.
     """
 
     gate_up: Group
     down: Group
     activation: str
     norm: Norm | None = None
+    factor: float = 1.0
+    joined: bool = True
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of gate and up."""
+        widths = [p.shape[0] for p in self.gate_up.projections]
+        return widths if len(widths) == 2 else [widths[0] // 2] * 2
 
 
 def gated_mlp(
@@ -40,14 +50,14 @@ def gated_mlp(
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Any:
     """The MLP of x [..., hidden] (without a norm), or of norm(x + residual) with both residual adds (with one).
 
-    Returns [..., hidden]: in the residual stream's dtype with a norm, in the compute dtype without.
+    Returns [..., hidden]: in the residual stream's dtype with a norm, in the compute dtype without. With a norm and
+    ``joined=False``: the MLP's output, in the compute dtype, and x + residual.
     """
     tensors = (*spec.gate_up.tensors(), *spec.down.tensors())
-    out: torch.Tensor = GatedMLPFunction.apply(spec, x, residual, norm_weight, *tensors)
-    return out
+    return GatedMLPFunction.apply(spec, x, residual, norm_weight, *tensors)
 
 
 class GatedMLPFunction(torch.autograd.Function):
@@ -59,7 +69,7 @@ class GatedMLPFunction(torch.autograd.Function):
         residual: torch.Tensor | None,
         norm_weight: torch.Tensor | None,
         *tensors: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> Any:
         ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
         rows = x.reshape(-1, spec.gate_up.in_features)
         rstd = None
@@ -74,7 +84,7 @@ class GatedMLPFunction(torch.autograd.Function):
             )
         gate_up, kept = spec.gate_up.forward(normed)
         del normed
-        gate, up = gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
+        gate, up = gate_up.split(spec.widths, dim=-1)
         hidden = torch.empty(len(rows), up.shape[1], dtype=dtype, device=x.device)
         ops.glu.forward(gate, up, spec.activation, hidden)
         ctx.spec, ctx.shapes = spec, (x.shape, x.dtype, None if residual is None else residual.dtype)
@@ -82,16 +92,19 @@ class GatedMLPFunction(torch.autograd.Function):
         down_kept = spec.down.adapters(hidden)
         saved = (h, rstd, norm_weight, gate_up, *kept.tensors(), *down_kept.tensors())
         ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        if not spec.joined and spec.norm is not None:
+            return spec.down.products(hidden, down_kept).view(x.shape), h.view(x.shape)
         if tensors_left() == sum(tensor is not None for tensor in saved):
             return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         start = h.clone() if spec.norm is not None and h.dtype == dtype else None
-        out = spec.down.products(hidden, down_kept, out=start)
+        out = spec.down.products(hidden, down_kept, out=start, factor=spec.factor)
         if spec.norm is not None and start is None:
             out = h + out
         return out.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: torch.Tensor | None, dh: torch.Tensor | None = None) -> tuple[Any, ...]:
         spec: GatedMLP = ctx.spec
         ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
         h, rstd, norm_weight, gate_up, *rest = ctx.saved_tensors
@@ -101,14 +114,23 @@ class GatedMLPFunction(torch.autograd.Function):
         inner = 4 + len(spec.gate_up.tensors())
         needs_input = needs[1] or needs[2] or needs[3]
 
-        stream = g.reshape(h.shape)
-        g = stream.to(dtype)
-        gate, up = gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
+        stream = None if dh is None else dh.reshape(h.shape)
+        if g is None:  # nobody used the MLP's output
+            dx = None if stream is None else stream.view(shape)
+            d_residual = dx.to(residual_dtype) if dx is not None and needs[2] else None
+            return None, dx.to(x_dtype) if dx is not None else None, d_residual, *([None] * (len(needs) - 3))
+        g = g.reshape(h.shape)
+        if spec.joined:
+            stream = g
+        g = g.to(dtype)
+        if spec.factor != 1.0:
+            g = g * spec.factor
+        gate, up = gate_up.split(spec.widths, dim=-1)
         # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
         d_hidden, gb = spec.down.input_gradient(g, down_kept, True)
         assert d_hidden is not None
         d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.split([p.shape[0] for p in spec.gate_up.projections], dim=-1)
+        d_gate, d_up = d_gate_up.split(spec.widths, dim=-1)
         hidden = torch.empty_like(d_hidden) if any(needs[inner:]) else None
         ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden)
         del d_hidden

@@ -162,20 +162,22 @@ class Group:
         kept = self.adapters(x)
         return self.products(x, kept), kept
 
-    def products(self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None) -> torch.Tensor:
-        """y, given :meth:`adapters`; added in place to ``out``, which has the compute dtype, if that is given."""
+    def products(
+        self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
+    ) -> torch.Tensor:
+        """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
         if kept.xa is not None and kept.b is not None:
-            out.addmm_(kept.xa, kept.b.t(), beta=1 if start else 0)
+            out.addmm_(kept.xa, kept.b.t(), beta=1 if start else 0, alpha=factor)
             start = True
         for weight, rows in self._weights():
-            out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
+            out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         row = 0
         for p in self.projections:
             if p.bias is not None:
-                out[:, row : row + p.shape[0]] += p.bias.detach()
+                out[:, row : row + p.shape[0]].add_(p.bias.detach(), alpha=factor)
             row += p.shape[0]
         return out
 

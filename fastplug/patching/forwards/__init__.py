@@ -8,6 +8,7 @@ from fastplug.patching.sites import Implementation
 
 @hookimpl
 def fastplug_implementations() -> list[Implementation]:
-    from fastplug.patching.forwards import attention, decoder_layer, lm_head_loss, mlp, norm
+    from fastplug.patching.forwards import attention, decoder_layer, layer_by_row, lm_head_loss, mlp, norm, traced_loss
 
-    return [part.IMPLEMENTATION for part in (decoder_layer, attention, mlp, norm, lm_head_loss)]
+    parts = (decoder_layer, layer_by_row, attention, mlp, norm, lm_head_loss, traced_loss)
+    return [part.IMPLEMENTATION for part in parts]

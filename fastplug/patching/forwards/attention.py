@@ -12,17 +12,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastplug.families import Family
-from fastplug.families.row import no_window
 from fastplug.ops.lora.attention_input import AttentionInput, Norm, attention_input
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.linear import lora_linear
+from fastplug.ops.rope.autograd import rope
 from fastplug.patching.forwards.blocks import interception, read_group, read_projections
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
 NormRead = tuple[torch.Tensor, Norm]
+
+
+@dataclass(frozen=True)
+class After:
+    """q/k norms that are not over single heads before RoPE, or come without one: they run as they are."""
+
+    norms: tuple[nn.Module, nn.Module]
+    rotate: bool
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Plan:
     spec: AttentionInput
     out: Group
     norm_weight: torch.Tensor | None
-    head_weights: tuple[torch.Tensor | None, ...]
+    head_weights: tuple[torch.Tensor | None, torch.Tensor | None]
+    after: After | None = None  # what is left to do to q and k by modules of the model
 
 
 def plan(
@@ -56,13 +66,37 @@ def plan(
         return out
     head_norm: Norm | None = None
     head_weights: list[torch.Tensor | None] = [None, None]
-    for i, name in enumerate(family.qk_norm or ()):
-        found = read_norm(getattr(attention, name), family)
-        if isinstance(found, str):
-            return f"{name} {found}"
-        head_weights[i], head_norm = found
-    spec = AttentionInput(qkv, attention.head_dim, norm[1] if norm else None, head_norm)  # type: ignore[arg-type]
-    return Plan(spec, out, norm[0] if norm else None, tuple(head_weights))
+    after: After | None = None
+    rotate = family.rope.when is None or bool(getattr(attention, family.rope.when))
+    if family.qk_norm is not None and getattr(attention, family.qk_norm.names[0], None) is not None:
+        if not rotate or family.norm.kind != "rms" or family.qk_norm.shape != "heads" or family.qk_norm.after_rope:
+            first, second = (getattr(attention, name) for name in family.qk_norm.names)
+            after = After((first, second), rotate)
+        else:
+            for i, name in enumerate(family.qk_norm.names):
+                found = read_norm(getattr(attention, name), family)
+                if isinstance(found, str):
+                    return f"{name} {found}"
+                head_weights[i], head_norm = found
+    head_dim: int = getattr(attention, family.head_dim)  # type: ignore[assignment]
+    widths: tuple[int, int, int] | None = None
+    if len(family.qkv) == 1 and family.qkv_layout == "blocks":
+        config: Any = attention.config
+        queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        widths = (queries, keys, keys)
+        if sum(widths) != qkv.out_features:
+            return f"{family.qkv[0]} has {qkv.out_features} outputs where the config asks for {sum(widths)}"
+    spec = AttentionInput(
+        qkv,
+        head_dim,
+        norm[1] if norm else None,
+        head_norm,
+        widths,
+        family.qkv_layout == "heads",
+        rotate and after is None,
+        family.rope.layout == "interleaved",
+    )
+    return Plan(spec, out, norm[0] if norm else None, (head_weights[0], head_weights[1]), after)
 
 
 def run(
@@ -70,9 +104,55 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(output [B, S, hidden], residual stream, attention weights); ``kwargs`` are those of the module's forward."""
     cos, sin = kwargs["position_embeddings"]
-    q, k, v, stream = attention_input(planned.spec, x, cos, sin, planned.norm_weight, *planned.head_weights)
+    c, s = (cos, sin) if family.rope.table == "half" else family.rope.tables(cos, sin)
+    q, k, v, stream = attention_input(planned.spec, x, c, s, planned.norm_weight, *planned.head_weights)
+    if planned.after is not None:
+        q, k = _after(planned.after, family, runtime, q, k, c, s)
     mixed, weights = attend(attention, family, runtime, q, k, v, cos, sin, kwargs)
-    return lora_linear(planned.out, mixed.reshape(*x.shape[:-1], -1)), stream, weights
+    out = lora_linear(planned.out, mixed.reshape(*x.shape[:-1], -1))
+    if family.output_dropout is not None and attention.training:
+        out = F.dropout(out, getattr(attention, family.output_dropout))  # type: ignore[arg-type]
+    return out, stream, weights
+
+
+def _after(
+    after: After,
+    family: Family,
+    runtime: Runtime,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k [B, heads, S, D], normalized by the model's own modules and turned."""
+    row = family.qk_norm
+    assert row is not None
+    pair = [q, k]
+
+    def normalize() -> None:
+        for i, norm in enumerate(after.norms):
+            x = pair[i]
+            if row.shape == "heads_first":
+                pair[i] = norm(x)
+                continue
+            x = x.transpose(1, 2)
+            pair[i] = (norm(x) if row.shape == "heads" else norm(x.flatten(-2)).view(x.shape)).transpose(1, 2)
+
+    if not row.after_rope:
+        normalize()
+    if after.rotate:
+        turned = rope(
+            pair[0].transpose(1, 2),
+            pair[1].transpose(1, 2),
+            cos,
+            sin,
+            interleaved=family.rope.layout == "interleaved",
+            implementation=runtime.ops.rope,
+        )
+        pair = [part.transpose(1, 2) for part in turned]
+    if row.after_rope:
+        normalize()
+    return pair[0], pair[1]
 
 
 def forward(module: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
@@ -108,6 +188,7 @@ def attend(
     rest.pop("position_embeddings", None)
     cache = rest.pop("past_key_values", None)
     cache = rest.pop("past_key_value", cache)  # its name up to transformers 4.55
+    cache = rest.pop("layer_past", cache)  # GPT-NeoX's
     has_position = "cache_position" in rest
     position = rest.pop("cache_position", None)
     if cache is not None:
@@ -120,8 +201,8 @@ def attend(
         function = sys.modules[family.module].eager_attention_forward
     else:
         function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[implementation]
-    if family.sliding_window is not no_window:
-        rest["sliding_window"] = family.sliding_window(attention)
+    for name, source in family.attention_arguments.items():
+        rest[name] = getattr(attention, source) if isinstance(source, str) else source(attention)
     dropout = attention.attention_dropout if attention.training else 0.0
     with _backend(runtime, implementation, q, mask, dropout):
         return function(  # type: ignore[no-any-return]

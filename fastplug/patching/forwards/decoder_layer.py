@@ -14,6 +14,7 @@ from torch import nn
 from fastplug.graphs.replay import replayed
 from fastplug.ops.lora.gated_mlp import gated_mlp
 from fastplug.patching.forwards import attention as attention_forward
+from fastplug.patching.forwards import layer_by_row
 from fastplug.patching.forwards import mlp as mlp_forward
 from fastplug.patching.forwards.blocks import interception
 from fastplug.patching.inspection import replaced_forward
@@ -31,7 +32,8 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     reason = interception(layer, (family.attention_name, family.mlp_name)) or interception(mlp, (family.activation,))
     if reason is not None:
         return NotCovered(reason)
-    before, after = (read_norm(getattr(layer, name), family) for name in (family.input_norm, family.post_norm))
+    before = read_norm(getattr(layer, family.input_norm), family)  # type: ignore[arg-type]
+    after = read_norm(getattr(layer, family.post_norm), family)  # type: ignore[arg-type]
     if isinstance(before, str) or isinstance(after, str):
         return NotCovered(f"a norm {before if isinstance(before, str) else after}")
     # Both plans are made before anything runs: a cache must not be updated twice, nor random numbers drawn twice.
@@ -48,7 +50,10 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
 
 def refuse(site: Site, runtime: Runtime) -> str | None:
     layer, family = site.module, site.family
+    if not family.llama_layer:
+        return layer_by_row.refuse(site, runtime) or "its row describes another kind of layer"
     for name in (family.input_norm, family.post_norm):
+        assert name is not None
         found = read_norm(getattr(layer, name), family)
         if isinstance(found, str):
             return f"{name} {found}"

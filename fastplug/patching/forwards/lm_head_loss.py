@@ -6,29 +6,32 @@ Runs where the model is asked for a loss. The logits that come with it are lazy:
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastplug.families import Family
 from fastplug.ops.linear_cross_entropy import linear_cross_entropy
 from fastplug.patching.forwards.lazy_logits import LazyLogits
 from fastplug.patching.forwards.step_cache import step_cache
 from fastplug.patching.inspection import global_hooks
-from fastplug.patching.projection import read
+from fastplug.patching.projection import base_layer, read
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
+from fastplug.sharding import SHARDED, Anchor, call_within, gathers_itself
 
 
 def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
-    labels, shift_labels = kwargs.pop("labels", None), kwargs.get("shift_labels")
+    labels = kwargs.pop("labels", None)
     if labels is None:
         return NotCovered()  # the caller wants logits: generation, label smoothing, a loss of its own
     family, config = binding.family, model.config
-    head: nn.Module = getattr(model, family.head)
-    reason = _not_covered(model, kwargs) or _head_reason(head, binding.runtime)
-    if reason is not None:
+    head = head_of(model, family)
+    reason = not_covered(model, kwargs) or head_reason(head, binding.runtime)
+    if head is None or reason is not None:
         return NotCovered(reason)
     if torch.compiler.is_compiling():
         # The lazy logits below cannot be traced. A break here, before the model is traced, spares every caller's frame
@@ -38,30 +41,51 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     stand_in = _without_cache(model, kwargs)
     outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[arg-type]
     hidden = outputs[0]
-    parts = head_weight(head, hidden, binding.runtime)
-    assert not isinstance(parts, str)
-    features, weight, bias = parts
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=kwargs.get("ignore_index", -100))[..., 1:]
-    result = linear_cross_entropy(
-        features.reshape(-1, features.shape[-1]),
-        weight,
-        shift_labels.reshape(-1).to(features.device),
-        bias,
-        num_items=kwargs.get("num_items_in_batch"),
-        ignore_index=kwargs.get("ignore_index", -100),
-        softcap=family.logit_softcap(config),
-        logit_scale=family.logit_scale(config),
-        implementation=binding.runtime.ops.logprobs,
-    )
+    softcap, scale = family.logit_softcap(config), family.logit_scale(config)
+    loss = fused_loss(head, binding.runtime, hidden, labels, kwargs, softcap, scale)
     output_class = sys.modules[family.module].CausalLMOutputWithPast
     return output_class(
-        loss=result.loss,
-        logits=_lazy(head, hidden, weight, family.logit_softcap(config), family.logit_scale(config)),
+        loss=loss,
+        logits=_lazy(head, hidden, binding.runtime, softcap, scale),
         past_key_values=None if stand_in else outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def fused_loss(
+    head: nn.Module,
+    runtime: Runtime,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    kwargs: dict[str, Any],
+    softcap: float | None,
+    scale: float,
+) -> torch.Tensor:
+    """The cross entropy (scalar) of the head's logits for hidden [B, S, H]; ``kwargs`` are the loss function's."""
+    ignore_index = kwargs.get("ignore_index", -100)
+    shift_labels = kwargs.get("shift_labels")
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+    def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+        parts = head_weight(head, hidden, runtime)
+        if isinstance(parts, str):
+            raise RuntimeError(f"fastplug: {parts}, which was not to be seen before; disable='lm_head_loss' leaves it")
+        features, weight, bias = parts
+        return linear_cross_entropy(
+            features.reshape(-1, features.shape[-1]),
+            weight,
+            shift_labels.reshape(-1).to(features.device),
+            bias,
+            num_items=kwargs.get("num_items_in_batch"),
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=scale,
+            implementation=runtime.ops.logprobs,
+        ).loss
+
+    return _gathered(head, loss_of, hidden) if gathers_itself(head) else loss_of(hidden)
 
 
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -83,7 +107,8 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def _not_covered(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+def not_covered(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+    """Why the loss of this call is not the one that the fused op computes."""
     keep = kwargs.get("logits_to_keep", 0)
     if isinstance(keep, torch.Tensor) or keep:
         return "logits_to_keep was given with labels"
@@ -97,9 +122,34 @@ def _not_covered(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _head_reason(head: nn.Module, runtime: Runtime) -> str | None:
-    found = read(head, runtime)
-    return f"the head {found}" if isinstance(found, str) else None
+def head_of(model: nn.Module, family: Family) -> nn.Module | None:
+    """The output projection."""
+    head: nn.Module | None = getattr(model, family.head, None)
+    if head is None and hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    return head
+
+
+def head_reason(head: nn.Module | None, runtime: Runtime) -> str | None:
+    """Why the head cannot be fused with its loss."""
+    if head is None:
+        return "it has no output projection"
+    found = read(head, runtime, inside=gathers_itself(head))
+    if isinstance(found, str) and not (found.endswith(SHARDED) and gathers_itself(head)):
+        return f"the head {found}"
+    return None
+
+
+def _gathered(head: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """The loss, computed within a call of the head, whose hooks gather its weights."""
+    found: list[torch.Tensor] = []
+
+    def instead(hidden: torch.Tensor) -> torch.Tensor:
+        loss, zero = Anchor.apply(loss_of(hidden))
+        found.append(loss)
+        return zero  # type: ignore[no-any-return]
+
+    return call_within(head, instead, hidden) + found[0]  # type: ignore[no-any-return]
 
 
 def head_weight(
@@ -109,7 +159,7 @@ def head_weight(
 
     An adapter on the head makes the features [hidden, s · dropout(hidden) Aᵀ] and the weight [W, B] wider by its rank.
     """
-    projection = read(head, runtime)
+    projection = read(head, runtime, inside=gathers_itself(head))
     if isinstance(projection, str):
         return f"the head {projection}"
     if projection.trained is not None:
@@ -134,29 +184,31 @@ def head_weight(
     )
 
 
-def _lazy(
-    head: nn.Module, hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, scale: float
-) -> LazyLogits:
+def _lazy(head: nn.Module, hidden: torch.Tensor, runtime: Runtime, softcap: float | None, scale: float) -> LazyLogits:
     autocast = torch.is_autocast_enabled(hidden.device.type)
     grad = torch.is_grad_enabled()
     autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
 
     def compute() -> torch.Tensor:
         with torch.set_grad_enabled(grad), torch.autocast(hidden.device.type, autocast_dtype, enabled=autocast):
-            logits = head(hidden)
+            there = gathers_itself(head) and not isinstance(read(head, runtime, inside=True), str)
+            logits = head.forward(hidden) if there else head(hidden)
             logits = logits if scale == 1.0 else logits * scale
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         return logits
 
     dtype = autocast_dtype if autocast else hidden.dtype
-    return LazyLogits(compute, torch.Size((*hidden.shape[:-1], weight.shape[0])), dtype, hidden.device)
+    width = base_layer(head).out_features
+    return LazyLogits(compute, torch.Size((*hidden.shape[:-1], width)), dtype, hidden.device)  # type: ignore[arg-type]
 
 
 def refuse(site: Site, runtime: Runtime) -> str | None:
-    head = getattr(site.module, site.family.head, None)
+    if site.family.trace_loss:
+        return "its row asks for the model's own forward"
+    head = head_of(site.module, site.family)
     if head is None:
         return f"it has no {site.family.head}"
-    projection = read(head, runtime)
+    projection = read(head, runtime, inside=gathers_itself(head))
     if isinstance(projection, str):
         return f"{site.family.head} {projection}"
     prefix = getattr(site.module, "base_model_prefix", None)

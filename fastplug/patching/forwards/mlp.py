@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastplug.families import Family
 from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
+from fastplug.ops.lora.group import Group
+from fastplug.ops.lora.linear import lora_linear
 from fastplug.patching.forwards.blocks import interception, read_group, read_projections
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
@@ -23,12 +27,26 @@ ACTIVATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class PlainMLP:
+    """An MLP that is not gated, as it is at this call."""
+
+    up: Group
+    activation: nn.Module
+    down: Group
+    dropout: float = 0.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = lora_linear(self.down, self.activation(lora_linear(self.up, x)))
+        return F.dropout(out, self.dropout) if self.dropout else out
+
+
 def plan(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor, norm: Norm | None) -> GatedMLP | str:
     """Read the module's present state, or say why the fused path does not cover it."""
     activation = type(getattr(mlp, family.activation)).__name__
     if activation not in ACTIVATIONS:
         return f"the activation {activation} has no kernel"
-    gate_up = read_group(mlp, (family.gate, family.up), x, runtime)
+    gate_up = read_group(mlp, family.gate_up, x, runtime)
     if isinstance(gate_up, str):
         return gate_up
     down = read_group(mlp, (family.down,), x, runtime)
@@ -39,19 +57,33 @@ def plan(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor, norm
     return GatedMLP(gate_up, down, ACTIVATIONS[activation], norm)
 
 
+def plan_plain(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor) -> PlainMLP | str:
+    """Likewise for a family whose MLP is not gated."""
+    up = read_group(mlp, family.gate_up, x, runtime)
+    if isinstance(up, str):
+        return up
+    down = read_group(mlp, (family.down,), x, runtime)
+    if isinstance(down, str):
+        return down
+    dropout = getattr(mlp, family.output_dropout) if family.output_dropout is not None and mlp.training else 0.0
+    return PlainMLP(up, getattr(mlp, family.activation), down, dropout)
+
+
 def forward(module: nn.Module, binding: Binding, x: torch.Tensor) -> Any:
-    planned = interception(module, (binding.family.activation,)) or plan(
-        module, binding.family, binding.runtime, x, None
-    )
+    family, runtime = binding.family, binding.runtime
+    if family.gate is None:
+        plain = interception(module, ()) or plan_plain(module, family, runtime, x)
+        return NotCovered(plain) if isinstance(plain, str) else plain(x)
+    planned = interception(module, (family.activation,)) or plan(module, family, runtime, x, None)
     return NotCovered(planned) if isinstance(planned, str) else gated_mlp(planned, x)
 
 
 def refuse(site: Site, runtime: Runtime) -> str | None:
     family = site.family
     activation = type(getattr(site.module, family.activation)).__name__
-    if activation not in ACTIVATIONS:
+    if activation not in ACTIVATIONS and family.gate is not None:
         return f"the activation {activation} has no kernel"
-    found = read_projections(site.module, (family.gate, family.up, family.down), runtime)
+    found = read_projections(site.module, (*family.gate_up, family.down), runtime)
     return found if isinstance(found, str) else None
 
 

@@ -1,0 +1,142 @@
+"""Tiny random models, one or more for every row: each with what sets its family apart made visible.
+
+Windows are shorter than the batches, softcaps bite, multipliers are far from one, every second layer is of another
+kind where the family mixes kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests import models
+
+MIXED: dict[str, Any] = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+HALF: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to build one model: ``classes`` are (config, model) of transformers; ``config`` what differs from a Llama."""
+
+    row: str
+    classes: tuple[str, str]
+    config: dict[str, Any] = field(default_factory=dict)
+    attention: str = "sdpa"
+
+
+def llama_like(row: str, prefix: str, attention: str = "sdpa", config_class: str | None = None, **config: Any) -> Case:
+    return Case(row, (config_class or f"{prefix}Config", f"{prefix}ForCausalLM"), config, attention)
+
+
+CASES: dict[str, Case] = {
+    "llama 2": llama_like("llama", "Llama", num_key_value_heads=4),
+    "llama 3": llama_like("llama", "Llama"),
+    "mistral": llama_like("mistral", "Mistral", sliding_window=5),
+    "ministral": llama_like("ministral", "Ministral", head_dim=32, **MIXED),
+    "mixtral": llama_like("mixtral", "Mixtral", num_local_experts=4, sliding_window=5),
+    "qwen2": llama_like("qwen2", "Qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen2 moe": llama_like(
+        "qwen2_moe", "Qwen2Moe", shared_expert_intermediate_size=64, mlp_only_layers=[1], **EXPERTS
+    ),
+    "qwen3": llama_like("qwen3", "Qwen3", head_dim=32),
+    "qwen3 moe": llama_like("qwen3_moe", "Qwen3Moe", head_dim=32, mlp_only_layers=[1], **EXPERTS),
+    "gemma": llama_like("gemma", "Gemma", head_dim=32),
+    "gemma 2": llama_like(
+        "gemma2",
+        "Gemma2",
+        attention="eager",  # sdpa has no softcap
+        head_dim=32,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        sliding_window=5,
+    ),
+    "gemma 3": llama_like("gemma3", "Gemma3", config_class="Gemma3TextConfig", head_dim=32, **MIXED),
+    "phi 3": llama_like("phi3", "Phi3", sliding_window=5),
+    "phi 4 mini": llama_like("phi3", "Phi3", **HALF),
+    "phi 3, dropout": llama_like("phi3", "Phi3", resid_pdrop=0.3),
+    "granite": llama_like(
+        "granite",
+        "Granite",
+        embedding_multiplier=2.0,
+        attention_multiplier=0.1,
+        residual_multiplier=0.3,
+        logits_scaling=3.0,
+    ),
+    "smollm 3": llama_like("smollm3", "SmolLM3", no_rope_layers=[1, 0], use_sliding_window=True, **MIXED),
+    "olmo 2": llama_like("olmo2", "Olmo2"),
+    "olmo 3": llama_like("olmo3", "Olmo3", **MIXED),
+    "olmoe": llama_like("olmoe", "Olmoe", num_experts=4, num_experts_per_tok=2),
+    "glm": llama_like("glm", "Glm", head_dim=16),
+    "glm 4": llama_like("glm4", "Glm4", head_dim=16),
+    "cohere": llama_like("cohere", "Cohere", logit_scale=0.3),
+    "cohere, q/k norm": llama_like("cohere", "Cohere", logit_scale=0.3, use_qk_norm=True),
+    "cohere 2": llama_like("cohere2", "Cohere2", logit_scale=0.3, **MIXED),
+    "starcoder 2": llama_like("starcoder2", "Starcoder2", sliding_window=5),
+    "starcoder 2, dropout": llama_like("starcoder2", "Starcoder2", residual_dropout=0.3),
+    "stablelm": llama_like("stablelm", "StableLm", use_qkv_bias=True),
+    "stablelm 2 12b": llama_like("stablelm", "StableLm", qk_layernorm=True, use_parallel_residual=True),
+    "gpt-neox": llama_like("gpt_neox", "GPTNeoX"),
+    "gpt-neox, sequential": llama_like("gpt_neox", "GPTNeoX", use_parallel_residual=False, hidden_dropout=0.3),
+    "gpt-oss": llama_like(
+        "gpt_oss", "GptOss", attention="eager", num_local_experts=4, num_experts_per_tok=2, head_dim=32, **MIXED
+    ),
+}
+
+
+def available(name: str) -> bool:
+    """Whether the installed transformers has the family."""
+    import transformers
+
+    return all(hasattr(transformers, part) for part in CASES[name].classes)
+
+
+def build(name: str, seed: int = 1, **config: Any) -> Any:
+    """A two-layer model of width 64 in fp32, in training mode."""
+    import transformers
+
+    case = CASES[name]
+    values = {
+        "vocab_size": models.VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, **case.config, **config,
+    }  # fmt: skip
+    config_class, model_class = case.classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = getattr(transformers, config_class)(**values)
+        made._attn_implementation = case.attention
+        model = getattr(transformers, model_class)(made)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.15)
+            else:
+                norm = "norm" in parameter_name and "gemma" not in case.row  # Gemma stores the distance from one
+                nn.init.normal_(parameter, mean=float(norm), std=0.3)
+    model.generation_config.pad_token_id = 0
+    return model.train()
+
+
+def linears(model: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers in the decoder layers, routers left out."""
+    found = {name for name, child in model.named_modules() if type(child) is nn.Linear and ".layers." in name}
+    names = {name.rpartition(".")[2] for name in found}
+    return tuple(sorted(names - {"gate", "router", "shared_expert_gate"}))
+
+
+def adapted(name: str, **config: Any) -> Any:
+    """With LoRA on all linear layers of the decoder layers."""
+    model = build(name, **config)
+    return models.lora(model, target_modules=list(linears(model)))
+
+
+def quantized(name: str, **config: Any) -> Any:
+    """With LoRA over 4-bit weights."""
+    model = build(name, **config)
+    names = linears(model)
+    return models.lora(models.quantized(model, names=names), target_modules=list(names))

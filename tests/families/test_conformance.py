@@ -1,0 +1,90 @@
+"""Every row, on tiny random models: what a patched model computes is what the unpatched one computes.
+
+All in fp32 on the CPU: loss, logits and every gradient with no adapter, LoRA and QLoRA, gradient checkpointing, the
+cache, generation, saving and loading, undoing.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastplug
+from fastplug.families import fastplug_families
+from tests import models
+from tests.engine.step import assert_equal, fallbacks, patched, step
+from tests.families import cases
+
+NAMES = [name for name in cases.CASES if cases.available(name)]
+every_row = pytest.mark.parametrize("name", NAMES)
+BOUND = 2e-5  # twice the engine tests': norms on outputs and large multipliers condition some of these worse
+BUILDERS = {"full": cases.build, "lora": cases.adapted, "qlora": cases.quantized}
+
+
+def test_every_row_has_a_case() -> None:
+    assert {row.name for row in fastplug_families()} == {case.row for case in cases.CASES.values()}
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+@every_row
+def test_step_is_equal(name: str, kind: str) -> None:
+    """On a batch padded on the left, with all sites patched and no call left to an original forward."""
+    model = BUILDERS[kind](name)
+    twin = patched(model)
+    roles = {decision.role: decision for decision in fastplug.report(twin).patched}
+    assert {"decoder_layer", "attention", "lm_head_loss"} <= roles.keys()
+    batch = models.padded("left")
+    ours = step(twin, batch)
+    assert_equal(ours, step(model, batch), BOUND)
+    assert not fallbacks(twin), fallbacks(twin)
+    assert all(gradient is not None for gradient in ours.gradients.values())
+
+
+@every_row
+def test_gradient_checkpointing(name: str) -> None:
+    model = cases.adapted(name)
+    expected = step(model, models.batch(), logits=False)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    twin = patched(model)
+    assert_equal(step(twin, models.batch(), logits=False), expected, BOUND)
+    assert not fallbacks(twin), fallbacks(twin)
+
+
+@every_row
+def test_cache_and_generation(name: str) -> None:
+    """Greedy tokens from a padded prompt; long enough for the fused forwards to run the prompt themselves."""
+    model = cases.adapted(name).eval()
+    twin = patched(model)
+    prompt = models.batch(2, 70)
+    prompt = {"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"].clone()}
+    prompt["attention_mask"][0, :9] = 0
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_scores": True}
+    ours, theirs = (
+        part.generate(**prompt, **options, return_dict_in_generate=True, eos_token_id=None) for part in (twin, model)
+    )
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for mine, other in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    assert not fallbacks(twin), fallbacks(twin)
+
+
+@every_row
+def test_save_load_and_undo(name: str, tmp_path: Path) -> None:
+    model = cases.build(name)
+    before = copy.deepcopy(model.state_dict())
+    classes = [type(module) for module in model.modules()]
+    first = step(model, models.batch())
+    fastplug.apply(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=cases.CASES[name].attention).train()
+    assert_equal(step(loaded, models.batch()), first, bound=0)
+    fastplug.undo(model)
+    assert [type(module) for module in model.modules()] == classes
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert_equal(step(model, models.batch()), first, bound=0)
