@@ -3,7 +3,8 @@
     python -m benchmarks.step --shape llama-3.1-8b --row qlora:4x2048 --row qlora:4x2048:checkpointed
 
 Every system loads the same random weights, sees the same tokens and runs the same loop: forward, backward, fused AdamW
-on the LoRA weights, one process a system and row. Before a ratio is printed, each system's first losses, gradient norm
+on the LoRA weights. A process loads one system once, for all of its rows that differ in batch and length only, larger
+ones first. Before a ratio is printed, each system's first losses, gradient norm
 and number of LoRA tensors without a gradient are compared with those of transformers + PEFT.
 
 A row is ``qlora`` or ``lora``, then BATCHxSEQUENCE, then any of ``checkpointed``, ``prepared`` (PEFT's k-bit
@@ -13,6 +14,7 @@ preparation: an fp32 residual stream), ``autocast``. Peers that are not installe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -49,26 +51,37 @@ class Row:
             kind, int(batch), int(sequence), *(flag in flags for flag in ("checkpointed", "prepared", "autocast"))
         )
 
+    @property
+    def loading(self) -> tuple[Any, ...]:
+        """What a model has to be loaded anew for."""
+        return self.quantization, self.checkpointed, self.prepared
+
     def __str__(self) -> str:
         flags = [flag for flag in ("checkpointed", "prepared", "autocast") if getattr(self, flag)]
         return ":".join([self.quantization, f"{self.batch}x{self.sequence}", *flags])
 
 
-def measure(system: str, path: str, row: Row, warmup: int, steps: int) -> dict[str, Any]:
-    """Run one system; its milliseconds a step (median, by CUDA events), peak GiB, losses and gradients."""
-    import torch
-
+def worker(system: str, path: str, rows: list[Row], warmup: int, steps: int) -> None:
+    """Load one system and print a line of JSON for each of its rows."""
     from benchmarks.systems import load
 
-    started = time.time()
+    first, started = rows[0], time.time()
     model = load(
-        system, path, qlora=row.quantization == "qlora", checkpointing=row.checkpointed, sequence=row.sequence,
-        prepared=row.prepared,
+        system, path, qlora=first.quantization == "qlora", checkpointing=first.checkpointed,
+        sequence=max(row.sequence for row in rows), prepared=first.prepared,
     )  # fmt: skip
-    model.train()
-    load_s = time.time() - started
+    load_s = round(time.time() - started, 1)
+    for row in rows:
+        result = {"system": system, "row": str(row), "load_s": load_s, **measure(model.train(), row, warmup, steps)}
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+def measure(model: Any, row: Row, warmup: int, steps: int) -> dict[str, Any]:
+    """Milliseconds a step (median, by CUDA events), peak GiB, losses and gradients of one row."""
+    import torch
+
+    torch.cuda.empty_cache()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    torch.manual_seed(2)
     with torch.no_grad():  # B starts at zero, which makes every gradient of A zero and proves nothing
         for name, p in sorted(model.named_parameters()):
             if p.requires_grad and "lora_" in name:
@@ -121,10 +134,10 @@ def measure(system: str, path: str, row: Row, warmup: int, steps: int) -> dict[s
     busy = sum(e.self_device_time_total for e in kernels) / 1e3
     top = sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]
     return {
-        "system": system, "row": str(row), "ms": round(times[len(times) // 2], 1), "ms_min": round(times[0], 1),
+        "ms": round(times[len(times) // 2], 1), "ms_min": round(times[0], 1),
         "busy_ms": round(busy, 1), "tokens_per_s": round(row.batch * row.sequence / times[len(times) // 2] * 1e3),
         "peak_gib": round(peak, 2), "loss": round(first_loss, 5), "later_losses": [round(x, 4) for x in losses],
-        "grad_norm": round(grad_norm, 6), "dead": dead, "load_s": round(load_s, 1), "warm_s": round(warm_s, 1),
+        "grad_norm": round(grad_norm, 6), "dead": dead, "warm_s": round(warm_s, 1),
         "gpu": torch.cuda.get_device_name(),
         "kernels": [(e.key[:90], e.count, round(e.self_device_time_total / 1e3, 2)) for e in top],
     }  # fmt: skip
@@ -172,10 +185,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--path", default=os.path.join(tempfile.gettempdir(), "fastplug-bench"))
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
-        print("RESULT " + json.dumps(measure(a.worker[0], a.path, Row.parse(a.worker[1]), a.warmup, a.steps)))
+        worker(a.worker[0], a.path, [Row.parse(row) for row in a.worker[1:]], a.warmup, a.steps)
         return
     path = f"{a.path}-{a.shape}-{a.layers or 'all'}"
     if not os.path.exists(os.path.join(path, "config.json")):
@@ -184,18 +197,17 @@ def main() -> None:
         (system, row) for row in a.rows or [Row("qlora", 4, 2048)] for system in a.systems.split(",")
     ]
     results: list[dict[str, Any]] = []
-    for system, row in runs:
-        command = [sys.executable, "-m", "benchmarks.step", "--worker", system, str(row), "--path", path]
+    for (system, _), group in itertools.groupby(runs, key=lambda run: (run[0], run[1].loading)):
+        rows = sorted((str(row) for _, row in group), key=lambda row: -Row.parse(row).batch * Row.parse(row).sequence)
+        command = [sys.executable, "-m", "benchmarks.step", "--worker", system, *rows, "--path", path]
         command += ["--warmup", str(a.warmup), "--steps", str(a.steps)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if lines:
-            result = json.loads(lines[-1][7:])
-        else:
-            tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            result = {"system": system, "row": str(row), "error": tail[:300]}
-        results.append(result)
-        print({k: v for k, v in result.items() if k != "kernels"}, flush=True)
+        found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        found += [{"system": system, "row": row, "error": tail[:300]} for row in rows[len(found) :]]
+        results += found
+        for result in found:
+            print({k: v for k, v in result.items() if k != "kernels"}, flush=True)
         if a.out:
             record = {"shape": a.shape, "layers": a.layers, "versions": versions(), "results": results}
             a.out.write_text(json.dumps(record, indent=1))

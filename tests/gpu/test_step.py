@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,27 +69,56 @@ def gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def no_sync() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def syncs() -> Iterator[list[str]]:
+    """The files from which the host waited for the GPU."""
+    found: list[str] = []
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [warning.filename for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("graphs", ["off", "on"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_whole_step_never_waits_for_the_gpu(kind: str, checkpointing: bool) -> None:
+def test_a_whole_step_never_waits_for_the_gpu(kind: str, graphs: str, checkpointing: bool) -> None:
+    """Under gradient checkpointing transformers' mask code waits once: it looks for packed sequences, uncached."""
     model = build(kind)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    fastplug.apply(model, strict=True)
+    fastplug.apply(model, strict=True, graphs=graphs)
     x = tokens()
-    gradients(model, x)  # compiles the kernels
-    with no_sync():
+    for _ in range(4):  # compiles the kernels, records the layers
         gradients(model, x)
+    with syncs() as waited:
+        gradients(model, x)
+    assert all("transformers/masking_utils" in name for name in waited) if checkpointing else not waited, waited
     assert not fastplug.report(model).fallbacks
+    assert not fastplug.report(model).notes
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_replayed_layers_give_the_same_gradients(kind: str, checkpointing: bool) -> None:
+    model = build(kind)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    applied = fastplug.apply(model, graphs="off")
+    x = tokens()
+    eager = gradients(model, x)
+    applied.undo()
+    fastplug.apply(model, graphs="on")
+    for _ in range(4):
+        replayed = gradients(model, x)
+    assert set(eager) == set(replayed)
+    for name in eager:
+        assert torch.nn.functional.cosine_similarity(eager[name].flatten(), replayed[name].flatten(), 0) > 0.999, name
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -173,22 +204,21 @@ def test_peak_memory_is_lower() -> None:
 @pytest.mark.parametrize("sequences", [1, 8, 64])
 def test_generation_is_not_slower(sequences: int) -> None:
     model = build("qlora", layers=6).eval()
+    patched = copy.deepcopy(model)
+    fastplug.apply(patched)
     prompt = tokens(sequences, 32)
 
-    def once() -> float:
+    def seconds(model: Any) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def median() -> float:
-        once()
-        return sorted(once() for _ in range(5))[2]
-
-    before = median()
-    fastplug.apply(model)
-    assert median() <= before / 0.97
+    seconds(model), seconds(patched)
+    pairs = [(seconds(model), seconds(patched)) for _ in range(9)]  # in turns: the host's speed drifts
+    plain, ours = (min(times) for times in zip(*pairs))
+    assert ours <= plain / 0.97, pairs
 
 
 def test_torch_compile_trains_to_the_same_gradients() -> None:
