@@ -24,8 +24,9 @@ class Options:
             ``"triton"`` and ``"reference"`` force one of them.
         attention: ``"auto"`` lets an ``sdpa`` model use the fastest exact backend of its GPU for purely causal masks;
             ``"host"`` leaves the choice to PyTorch.
-        graphs: ``"auto"`` replays decoder layers as CUDA graphs where a training step is too short to hide the launching
-            of its kernels and nothing changes from step to step; ``"on"`` does so at any length, ``"off"`` never.
+        graphs: ``"auto"`` replays decoder layers as CUDA graphs where a training step is too short to hide the
+            launching of its kernels and nothing changes from step to step; ``"on"`` does so at any length, ``"off"``
+            never.
         residual_dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` casts the residual stream as it enters the
             decoder layers; None keeps the host's. (PEFT's ``prepare_model_for_kbit_training`` makes it float32.)
         plugins: Whether packages that register the entry-point group ``fastplug`` take part.

@@ -117,8 +117,8 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Key | No
     saving = checkpointing()
     if not layer.training or not torch.is_grad_enabled() or saving == "hooks" or _watched():
         return None
-    if not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
-        return None
+    if binding.family.mixture or not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
+        return None  # the work of a mixture of experts depends on where its router sends the tokens
     for name, value in kwargs.items():
         idle = value is None or value is False or (name in CACHES and type(value).__name__ == "StepCache")
         if not idle and name not in INPUTS and name not in HARMLESS:

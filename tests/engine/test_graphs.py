@@ -19,6 +19,7 @@ from fastplug.graphs import replay
 from fastplug.patching.sites import KEY
 from tests import models
 from tests.engine.step import relative
+from tests.families import cases
 
 pytest.importorskip("peft")
 
@@ -106,6 +107,22 @@ def test_training_is_the_same(device: torch.device, family: str) -> None:
     assert losses == pytest.approx(truth, rel=1e-5)
     assert len(set(losses)) == 6
     assert recorded(replayed) == [64]
+    agree(eager, replayed)
+
+
+@pytest.mark.parametrize("name", ["gemma 3", "phi 4 mini", "granite", "cohere 2", "smollm 3", "olmo 2"])
+def test_layers_of_other_families(device: torch.device, name: str) -> None:
+    if not cases.available(name):
+        pytest.skip(f"this transformers version has no {name}")
+    eager = cases.adapted(name).to(device)
+    replayed = copy.deepcopy(eager)
+    fastplug.apply(eager, graphs="off")
+    fastplug.apply(replayed, graphs="on")
+    batches = [batch(device, length, seed=i, rows=1) for i, length in enumerate([64, 64, 64, 50])]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    states = [m.__dict__[KEY].graphs for m in replayed.modules() if KEY in m.__dict__]
+    assert all(any(state.graphs.values()) for state in states if state)
+    assert any(states)
     agree(eager, replayed)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastplug.families import Family
+from fastplug.graphs.replay import replayed
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
 from fastplug.ops.rms_norm.autograd import rms_norm
 from fastplug.patching.bind import parameter_names
@@ -229,4 +230,4 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
     return None if family.mixture else f"{family.mlp_name} is a {type(mlp).__qualname__}"
 
 
-IMPLEMENTATION = Implementation("decoder_layer", "fused layer by row", forward, refuse)
+IMPLEMENTATION = Implementation("decoder_layer", "fused layer by row", replayed(forward), refuse)
