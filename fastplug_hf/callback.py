@@ -86,8 +86,9 @@ class FastPlugCallback(TrainerCallback):
     ) -> None:
         self._take_place()
         trainer = _caller(Trainer)
-        if trainer is not None and _GUARD not in type(trainer).__dict__:
-            trainer.__class__ = _guarded(type(trainer))
+        kind: Any = type(trainer)
+        if trainer is not None and _GUARD not in vars(kind):
+            trainer.__class__ = _guarded(kind)
         self._apply(model, state)
 
     def on_train_begin(

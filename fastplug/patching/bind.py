@@ -93,8 +93,9 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
         return result
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        state = super(cls, self).__reduce_ex__(protocol)[2]  # type: ignore[misc]
-        return copyreg._reconstructor, (_Class(base, type(self)), object, None), _State(state)
+        state: Any = super(cls, self).__reduce_ex__(protocol)[2]  # type: ignore[misc]
+        rebuild: Any = copyreg._reconstructor  # type: ignore[attr-defined]
+        return rebuild, (_Class(base, type(self)), object, None), _State(state)
 
     def __copy__(self: nn.Module) -> Any:
         twin = type(self).__new__(type(self))
@@ -123,9 +124,9 @@ def bind(module: nn.Module, binding: Binding, fast: FastForward) -> None:
     own = module.__dict__.get("forward")
     if getattr(own, "__func__", None) is type(module).forward:
         binding.own_forward = module.__dict__.pop("forward")
-    kinds = type(module).__mro__
+    kinds: tuple[Any, ...] = type(module).__mro__
     if not any(MARK in vars(kind) and kind is patched_class(vars(kind)[MARK], fast) for kind in kinds):
-        module.__class__ = patched_class(type(module), fast)
+        module.__class__ = patched_class(kinds[0], fast)
     module.__dict__[KEY] = binding  # after an undo, a class of FSDP2's may still rest on the patched one
 
 

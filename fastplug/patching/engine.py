@@ -20,6 +20,7 @@ from fastplug.patching.bind import bind, parameter_names, unbind
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.report import LEFT, PATCHED, REFUSED, Decision, Report
 from fastplug.patching.sites import KEY, Binding, Choice, Implementation, Runtime, Site
+from fastplug.patching.structure import sites_by_structure
 from fastplug.patching.walk import walk
 from fastplug.sharding import SHARDED
 
@@ -151,12 +152,16 @@ def decide(model: nn.Module, runtime: Runtime, plugins: Manager) -> list[tuple[S
     """What every site of the model gets, without changing anything."""
     implementations: Sequence[Implementation] = plugins.collect("fastplug_implementations")
     ranked = sorted(implementations, key=lambda implementation: -implementation.priority)
-    decided = []
-    for site in walk(model, plugins.collect("fastplug_families")):
+    known = list(walk(model, plugins.collect("fastplug_families")))
+    answered = []
+    for site in known:
         candidates = [_answer(site, runtime, candidate) for candidate in ranked if candidate.role == site.role]
-        if not candidates:
-            continue
         candidates.sort(key=lambda choice: (PATCHED, LEFT, REFUSED).index(choice.status))
+        if candidates:
+            answered.append((site, candidates))
+    answered.extend(sites_by_structure(model, known, ranked, runtime))
+    decided = []
+    for site, candidates in answered:
         chosen = plugins.hook.fastplug_choose(site=site, candidates=candidates, options=runtime.options)
         if isinstance(chosen, str):
             chosen = Choice(candidates[0].implementation, LEFT, chosen)
@@ -198,10 +203,10 @@ def _new_report(model: nn.Module, device: torch.device, runtime: Runtime) -> Rep
 
 
 def _no_site_note(model: nn.Module) -> str:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return (
         f"no family row matches {type(inner).__module__}.{type(inner).__name__}: nothing to patch "
-        "(a plugin can add a row: see docs/design.md)"
+        "(a plugin can add a row: see docs/extending.md)"
     )
 
 

@@ -54,9 +54,9 @@ def _base(linear: nn.Module, runtime: Runtime) -> Projection | str:
     trained = linear.weight if linear.weight.requires_grad else None
     # The weight is read again in the backward, after the host has unsharded it again.
     return Projection(
-        functools.partial(codec.read, linear),
+        functools.partial(codec.read, linear),  # type: ignore[arg-type]
         weight.shape,
-        bias=linear.bias,
+        bias=linear.bias,  # type: ignore[arg-type]
         trained=trained,  # type: ignore[arg-type]
     )
 
@@ -103,7 +103,7 @@ def _adapted(layer: nn.Module, runtime: Runtime) -> Projection | str:
         projection.dropout = dropout.p if dropout.training else 0.0
     elif type(dropout) is not nn.Identity:
         return f"has a {type(dropout).__name__} for dropout"
-    projection.a, projection.b = a.weight, b.weight
+    projection.a, projection.b = a.weight, b.weight  # type: ignore[union-attr]
     projection.scaling = float(layer.scaling[name])  # type: ignore[index]
     return projection
 

@@ -24,7 +24,7 @@ class BitsAndBytes4:
         return type(linear).__module__ == "bitsandbytes.nn.modules" and type(linear).__name__ == "Linear4bit"
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
-        weight = linear.weight
+        weight: Any = linear.weight
         state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
         if state is None:
             return "its 4-bit weight is not quantized yet (move the model to its device first)"

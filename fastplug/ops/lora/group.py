@@ -195,10 +195,10 @@ class Group:
                 row += weight.shape[0]
             return [(buffer, slice(0, self.out_features))]
         parts, row = [], 0
-        for weight in dense:
-            assert weight is not None
-            parts.append((weight, slice(row, row + len(weight))))
-            row += len(weight)
+        for matrix in dense:
+            assert matrix is not None
+            parts.append((matrix, slice(row, row + len(matrix))))
+            row += len(matrix)
         return parts
 
     # --- backward -------------------------------------------------------------------------------------------------

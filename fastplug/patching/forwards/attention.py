@@ -196,7 +196,7 @@ def attend(
             k, v = cache.update(k, v, attention.layer_idx, {"sin": sin, "cos": cos, "cache_position": position})
         else:
             k, v = cache.update(k, v, attention.layer_idx)
-    implementation = attention.config._attn_implementation  # type: ignore[union-attr]
+    implementation: str = attention.config._attn_implementation  # type: ignore[assignment, union-attr]
     if implementation == "eager":
         function = sys.modules[family.module].eager_attention_forward
     else:

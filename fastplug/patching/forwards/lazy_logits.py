@@ -100,7 +100,7 @@ class LazyLogits(torch.Tensor):
         return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """What C++ does with the tensor (a collective, say), past ``__torch_function__``."""
@@ -113,7 +113,7 @@ class LazyLogits(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.tensor().clone()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "computed" if self.computed else "computed when read"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 

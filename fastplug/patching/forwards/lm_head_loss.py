@@ -39,7 +39,7 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         torch._dynamo.graph_break()
     kwargs.pop("logits_to_keep", None)
     stand_in = _without_cache(model, kwargs)
-    outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[arg-type]
+    outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[call-overload]
     hidden = outputs[0]
     softcap, scale = family.logit_softcap(config), family.logit_scale(config)
     loss = fused_loss(head, binding.runtime, hidden, labels, kwargs, softcap, scale)
@@ -100,7 +100,7 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     if no_mask and kwargs.get("position_ids") is not None:
         return False
     kwargs["use_cache"] = False
-    backbone = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    backbone = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
     if not no_mask or kwargs.get("past_key_values") is not None or getattr(backbone, "gradient_checkpointing", False):
         return False
     kwargs["past_key_values"] = step_cache()
