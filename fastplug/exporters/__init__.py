@@ -11,11 +11,17 @@ from __future__ import annotations
 from fastplug.exporters.api import Exporter, ExportError, ExportResult
 from fastplug.exporters.lora import lora
 from fastplug.exporters.merged import merged_16bit, merged_32bit
+from fastplug.exporters.quantized import fp8, int8, merged_4bit, merged_8bit, w4a16
 from fastplug.manager import hookimpl
 
 BUILTIN: tuple[Exporter, ...] = (
     Exporter("merged_16bit", "the model with its adapter merged in: bf16 or fp16 safetensors", merged_16bit),
     Exporter("merged_32bit", "the same in fp32", merged_32bit),
+    Exporter("merged_4bit", "merged, then bitsandbytes NF4 with double quantization", merged_4bit),
+    Exporter("merged_8bit", "merged, then bitsandbytes LLM.int8()", merged_8bit),
+    Exporter("fp8", "merged, then FP8 weights and activations (compressed-tensors, for vLLM)", fp8),
+    Exporter("int8", "merged, then INT8 weights and activations (compressed-tensors, for vLLM)", int8),
+    Exporter("w4a16", "merged, then 4-bit weights in groups (compressed-tensors, for vLLM)", w4a16),
     Exporter("lora", "the adapter alone, in PEFT's layout", lora),
 )
 

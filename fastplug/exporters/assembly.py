@@ -66,12 +66,13 @@ class Merged:
     Attributes:
         name: As in ``format=``.
         dtype: What plain weights are written in; None: the base's own 16-bit dtype.
-        encode: Turns the merged tensors (those of ``linear`` in fp32) into stored ones; None: they are stored plain.
+        encode: Turns the merged tensors (those of linear layers in fp32), the dtype of the rest and the names of the
+            heads into stored ones; None: they are stored plain.
     """
 
     name: str
     dtype: torch.dtype | None = None
-    encode: Callable[[Sequence[LazyTensor], torch.dtype], Encoded] | None = None
+    encode: Callable[[Sequence[LazyTensor], torch.dtype, Sequence[str]], Encoded] | None = None
 
     def bound(self, base: Any, original: bool) -> Bound:
         """What the proof allows: the format's own bound, widened by what the live model computes otherwise."""
@@ -120,7 +121,8 @@ def write_merged(
         if untie:
             notes.append("Training untied weights that the base ties; both are written and tie_word_embeddings is off.")
         tensors = saved_tensors(plain, merge.tensors if untie else drop_tied(merge.tensors, patterns))
-        encoded = Encoded(tensors) if form.encode is None else form.encode(tensors, target)
+        heads = [tensor.linear for tensor in merge.tensors if tensor.head and tensor.linear]
+        encoded = Encoded(tensors) if form.encode is None else form.encode(tensors, target, heads)
         notes += encoded.notes
         digests = write_weights(folder, encoded.tensors, max_shard_size, grouped=form.encode is not None)
         if originals is not None:

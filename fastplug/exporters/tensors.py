@@ -44,7 +44,8 @@ class LazyTensor:
         identity: Equal for names that share one tensor (tied weights).
         adapters: Whether an adapter changes it.
         parameter: Whether it is a parameter rather than a buffer.
-        linear: The name of the linear layer whose weight it is ('' for others, and for the head over the vocabulary).
+        linear: The name of the linear layer whose weight it is, '' for others.
+        head: Whether that layer is the head over the vocabulary.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LazyTensor:
     adapters: bool = False
     parameter: bool = True
     linear: str = ""
+    head: bool = False
 
 
 @dataclass
@@ -102,7 +104,7 @@ def merged_tensors(
         dtype: What floating-point parameters are written in; None: each as it is stored. Buffers keep their dtype.
         keep_fp32: Patterns of parameters that stay fp32 where they are (transformers' ``_keep_in_fp32_modules``).
         originals: Where to take the weights from that ``model`` holds quantized.
-        exact_linear: Give the weights of linear layers in fp32, whatever ``dtype`` is.
+        exact_linear: Give the weights of linear layers but the head in fp32, whatever ``dtype`` is.
 
     Raises:
         ExportError: A tensor that cannot be read, or an adapter state that cannot be merged, naming the module.
@@ -220,10 +222,9 @@ class _Walk:
         refuse_unreadable(tensor, name, module)
         shape, stored = logical_spec(tensor)
         dtype = self._target(name, stored) if parameter else stored
-        linear = ""
-        if isinstance(module, nn.Linear) and key == "weight" and id(module) not in self._head:
-            linear = name.removesuffix(".weight")
-            dtype = torch.float32 if self._exact_linear else dtype
+        linear = name.removesuffix(".weight") if isinstance(module, nn.Linear) and key == "weight" else ""
+        head = id(module) in self._head
+        dtype = torch.float32 if linear and not head and self._exact_linear else dtype
         originals = self._originals if is_quantized(tensor) else None
         if repacked_for_cpu(tensor):
             self.merge.repacked.append(name)
@@ -248,7 +249,9 @@ class _Walk:
 
         storage = (tensor.device, tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
         identity = (storage, None if update is None else update.identity)
-        self.merge.tensors.append(LazyTensor(name, shape, dtype, read, identity, update is not None, parameter, linear))
+        self.merge.tensors.append(
+            LazyTensor(name, shape, dtype, read, identity, update is not None, parameter, linear, head)
+        )
 
     def _target(self, name: str, stored: torch.dtype) -> torch.dtype:
         if not stored.is_floating_point:

@@ -7,6 +7,7 @@ needs memory for one layer in fp32 (and for embedding, norm and head) and not fo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ def exact_model(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_original_classes(model))
         stack.enter_context(_evaluating(model))
         stack.enter_context(_compute_dtype(model))
+        stack.enter_context(_quiet("bitsandbytes"))
         blocks = _blocks(model)
         inside = {id(tensor) for block in blocks for tensor, _ in _narrow(block)}
         stack.enter_context(_cast([pair for pair in _narrow(model) if id(pair[0]) not in inside]))
@@ -118,6 +120,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """No warnings of a library that casts fp32 inputs, once per layer and sequence."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
