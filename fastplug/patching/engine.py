@@ -145,6 +145,8 @@ def report(model: nn.Module) -> Report:
         raise ModelError("fastplug.report: the model is not patched; call fastplug.apply(model) first")
     found = copy.deepcopy(found)
     found.fallbacks = {b.site_name: dict(b.fallbacks) for _, b in bindings if b.fallbacks}
+    if bindings:
+        found.ops = dict(bindings[0][1].runtime.ops.names)  # an op may have given way to its reference since
     return found
 
 
