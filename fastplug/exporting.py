@@ -30,15 +30,28 @@ def export(model: Any, path: str | os.PathLike[str], format: str = "merged_16bit
         ExportError: The model cannot be written in this format. Nothing is left under ``path``.
         OSError: ``path`` exists, cannot be written, or the disk is full. Nothing is left under ``path``.
     """
-    known = formats()
-    if format not in known:
-        raise OptionError(f"fastplug: unknown export format {format!r}; {_nearest(format, known, 'formats')}")
-    exporter = known[format]
+    exporter, implied = find_format(format)
+    format, options = exporter.format, {**implied, **options}
     accepted = option_names(exporter)
     for name in options:
         if accepted is not None and name not in accepted:
             raise OptionError(f"fastplug: {format} has no option {name!r}; {_nearest(name, accepted, 'its options')}")
     return exporter.export(model, path, **options)
+
+
+def find_format(format: str) -> tuple[Exporter, dict[str, str]]:
+    """The exporter of a format and the options that its name implies: ``gguf:q4_k_m`` is ``gguf`` with ``types``.
+
+    Raises:
+        OptionError: An unknown format, naming the nearest one.
+    """
+    known = formats()
+    name, colon, variant = format.partition(":")
+    if format not in known and colon and name in known and known[name].variant:
+        return known[name], {known[name].variant: variant}
+    if format not in known:
+        raise OptionError(f"fastplug: unknown export format {format!r}; {_nearest(format, known, 'formats')}")
+    return known[format], {}
 
 
 def formats() -> dict[str, Exporter]:
@@ -62,4 +75,4 @@ def _nearest(name: str, known: Iterable[str], what: str) -> str:
     return f"{hint}({what}: {', '.join(names)})" if names else f"it has no {what}"
 
 
-__all__ = ["export", "formats", "option_names"]
+__all__ = ["export", "find_format", "formats", "option_names"]

@@ -11,7 +11,7 @@ import typer
 from fastplug.cli.loading import local_folder, one_sentence
 from fastplug.errors import OptionError
 from fastplug.exporters.models import load
-from fastplug.exporting import export, formats, option_names
+from fastplug.exporting import export, find_format, option_names
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -20,13 +20,12 @@ def run(model: str, out: Path, adapter: Path | None, format: str, option: list[s
     given = dict(_parse(item) for item in option)
     if overwrite:
         given["overwrite"] = True
-    if format not in formats():
-        export(None, out, format)  # raises, before minutes are spent on loading
+    exporter, _ = find_format(format)  # raises, before minutes are spent on loading
     with one_sentence(f"{model} cannot be exported"):
         folder = local_folder(model)
         loaded = load(folder, adapter)
         source = adapter or folder
-        accepted = option_names(formats()[format]) or ()
+        accepted = option_names(exporter) or ()
         if "tokenizer" in accepted and any((source / name).is_file() for name in TOKENIZER_FILES):
             given.setdefault("tokenizer", str(source))
         result = export(loaded, out, format, **given)

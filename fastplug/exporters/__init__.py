@@ -9,6 +9,8 @@ holds one tensor) and ``folder`` (a folder that appears whole or not at all).
 from __future__ import annotations
 
 from fastplug.exporters.api import Exporter, ExportError, ExportResult
+from fastplug.exporters.gguf.export import gguf as gguf_files
+from fastplug.exporters.gguf.lora import gguf_lora
 from fastplug.exporters.lora import lora
 from fastplug.exporters.merged import merged_16bit, merged_32bit
 from fastplug.exporters.quantized import fp8, int8, merged_4bit, merged_8bit, w4a16
@@ -23,6 +25,10 @@ BUILTIN: tuple[Exporter, ...] = (
     Exporter("int8", "merged, then INT8 weights and activations (compressed-tensors, for vLLM)", int8),
     Exporter("w4a16", "merged, then 4-bit weights in groups (compressed-tensors, for vLLM)", w4a16),
     Exporter("lora", "the adapter alone, in PEFT's layout", lora),
+    Exporter(
+        "gguf", "merged, as one file for llama.cpp in each of types=; gguf:q4_k_m names them", gguf_files, "types"
+    ),
+    Exporter("gguf_lora", "the adapter alone, for llama.cpp's --lora", gguf_lora),
 )
 
 

@@ -12,6 +12,8 @@ from fastplug.errors import FastPlugError
 if TYPE_CHECKING:
     from fastplug.exporters.proof import Proof
 
+NOT_VERIFIED = "Not verified (verify=False): nothing was reloaded or compared with the live model."
+
 
 class ExportError(FastPlugError, RuntimeError):
     """This model cannot be written in this format. Nothing was written under the final name."""
@@ -49,8 +51,10 @@ class Exporter:
         description: One line, for ``fastplug export --help``.
         export: ``export(model, path, **options) -> ExportResult``. Its keyword-only parameters are the format's
             options. It either finishes ``path`` or raises and leaves nothing there.
+        variant: The option that may stand behind the name: ``types`` in ``format="gguf:q4_k_m"``.
     """
 
     format: str
     description: str
     export: Callable[..., ExportResult]
+    variant: str = ""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastplug.errors import OptionError
-from fastplug.exporters.api import ExportError, ExportResult
+from fastplug.exporters.api import NOT_VERIFIED, ExportError, ExportResult
 from fastplug.exporters.folder import atomic_folder, list_files, write_manifest
 from fastplug.exporters.models import (
     active_adapters,
@@ -38,8 +38,6 @@ from fastplug.exporters.sidecar import (
 )
 from fastplug.exporters.tensors import LazyTensor, Merge, merged_tensors
 from fastplug.exporters.writing import write_weights
-
-NOT_VERIFIED = "Not verified (verify=False): nothing was reloaded or compared with the live model."
 
 
 @dataclass(frozen=True)
@@ -208,4 +206,4 @@ def _check_adapters(model: Any, merge: Merge, chosen: Sequence[str]) -> list[str
     return notes
 
 
-__all__ = ["NOT_VERIFIED", "Encoded", "Merged", "load_source", "write_merged"]
+__all__ = ["Encoded", "Merged", "load_source", "write_merged"]

@@ -12,9 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from fastplug.errors import MissingExtra
-from fastplug.exporters.api import ExportError, ExportResult
+from fastplug.exporters.api import NOT_VERIFIED, ExportError, ExportResult
 from fastplug.exporters.folder import atomic_folder, list_files, write_manifest
 from fastplug.exporters.models import active_adapters, adapter_configs, base_of, chosen_adapters, local_folder, unwrap
+from fastplug.exporters.proof import Proof
+from fastplug.exporters.proof.adapter import prove_adapter, read_back
+from fastplug.exporters.proof.reload import gives_logits
 from fastplug.exporters.sidecar import write_provenance, write_tokenizer
 from fastplug.exporters.weights import refuse_sharded
 
@@ -26,7 +29,9 @@ def lora(
     adapter: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     save_embedding_layers: bool | None = None,
+    texts: Sequence[str] | None = None,
     overwrite: bool = False,
+    verify: bool = True,
 ) -> ExportResult:
     """Write the adapter of a live model, as ``PeftModel.from_pretrained`` and inference servers read it.
 
@@ -38,10 +43,14 @@ def lora(
         tokenizer: A tokenizer or its folder to write beside it (for added tokens); default: none.
         save_embedding_layers: Whether the embeddings are written too; default: where PEFT would (they are targeted,
             or the vocabulary was resized), decided without asking the network.
+        texts: Held-out texts for the proof; default: a few built-in passages.
         overwrite: Replace an existing export.
+        verify: Compare the written tensors with the live ones; and where the base lies on this disk, load it afresh,
+            put the written adapter on it and compare it with the live model.
 
     Raises:
-        ExportError: The model has no adapter, or its tensors are sharded.
+        ExportError: The model has no adapter, or its tensors are sharded; or the written files are not the live
+            adapter (``ProofError``).
         OptionError: An unknown adapter.
         OSError: ``path`` exists, cannot be written, or the disk is full. Nothing is left under ``path``.
     """
@@ -61,20 +70,33 @@ def lora(
                 + ("name one with adapter=" if configs else 'format="merged_16bit" writes the whole model')
             )
         tensors = _tensors(unwrap(model))
+        written: dict[Path, dict[str, Tensor]] = {}
         for name in names:
             target = folder if len(names) == 1 else folder / name
             embeddings: bool | str | None = save_embedding_layers
             if embeddings is None:
                 embeddings = _embeddings_changed(base, configs[name])
-            _write_adapter(unwrap(model), base, target, name, configs[name], tensors, embeddings)
+            written[target] = _write_adapter(unwrap(model), base, target, name, configs[name], tensors, embeddings)
         if tokenizer is not None:
             write_tokenizer(tokenizer, base, folder, (), None)
-        write_provenance(model, base, folder, "lora", names)
+        notes: list[str] = []
+        proofs: list[Proof] = []
+        if verify:
+            for (target, state), name in zip(written.items(), names):
+                read_back(target, state)
+                if gives_logits(base):
+                    proofs += prove_adapter(model, target, name, tokenizer=tokenizer, texts=texts, notes=notes)
+        else:
+            notes.append(NOT_VERIFIED)
+        proof = max(proofs, key=lambda one: one.kl, default=None)
+        write_provenance(
+            model, base, folder, "lora", names, proof=None if proof is None else proof.as_dict(), notes=notes
+        )
         write_manifest(folder)
         files = list_files(folder)
         size = sum((folder / name).stat().st_size for name in files)
     final = Path(os.path.abspath(os.path.expanduser(path)))
-    return ExportResult("lora", final, files, size, time.perf_counter() - began)
+    return ExportResult("lora", final, files, size, time.perf_counter() - began, tuple(notes), proof)
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
@@ -89,7 +111,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 def _write_adapter(
     model: Any, base: Any, folder: Path, name: str, config: Any, tensors: Mapping[str, Tensor], embeddings: bool | str
-) -> None:
+) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -101,8 +123,8 @@ def _write_adapter(
     if not state:
         raise ExportError(f"fastplug: adapter {name!r} has no tensors; was the model unloaded?")
     folder.mkdir(exist_ok=True)
-    written = {key: tensor.detach().contiguous().clone() for key, tensor in state.items()}
-    save_file(written, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    copies = {key: tensor.detach().contiguous().clone() for key, tensor in state.items()}
+    save_file(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(config)
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
@@ -110,6 +132,7 @@ def _write_adapter(
     if config.task_type is None:  # what PEFT's AutoPeftModel needs to find the class again
         mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     config.save_pretrained(folder, auto_mapping_dict=mapping)
+    return state
 
 
 def _embeddings_changed(base: Any, config: Any) -> bool | str:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import copy
+import importlib
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,8 @@ pytest.importorskip("peft")
 
 import peft
 
+from fastplug.exporters import ExportError
+from fastplug.exporters.folder import verify_manifest
 from fastplug.exporters.proof import Bound, LiveRuntime, ProofError, Recorded, Sample, compare, prove, sample_for
 from tests.exporters.models import VOCABULARY, adapted, llama, train
 
@@ -127,3 +134,106 @@ def test_samples() -> None:
     assert random.tokens == 6 * 16
     assert int(random.texts[0].max()) < VOCABULARY
     assert "random" in random.description
+
+
+def test_exact_arithmetic_leaves_every_bit() -> None:
+    """A bf16 model that fastplug patched: the proof runs in fp32 and gives everything back."""
+    import fastplug
+
+    model = adapted(llama(dtype=torch.bfloat16)).train()
+    applied = fastplug.apply(model)
+    state = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    ids = torch.arange(3, 20)
+    found = LiveRuntime(model).logits(ids)
+    assert classes == [type(module) for module in model.modules()]
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == state[name][0]
+        assert torch.equal(tensor, state[name][1])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    applied.undo()
+    wide = copy.deepcopy(model).float().eval()
+    with torch.no_grad():
+        expected = wide(input_ids=ids[None]).logits[0]
+        rounded = model.eval()(input_ids=ids[None]).logits[0].float()
+    assert (found - expected).abs().max() < 1e-5
+    assert (rounded - expected).abs().max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return adapted(llama())
+
+
+@pytest.mark.parametrize("name", ["merged_16bit", "lora"])
+def test_one_flipped_byte_fails(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A disk that changes one bit after the export wrote it, the last of a mantissa."""
+    import fastplug
+    from fastplug.exporters import assembly
+
+    lora = importlib.import_module("fastplug.exporters.lora")
+
+    def flip(folder: Path, *_: Any) -> None:
+        file = next(folder.glob("*.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-2] ^= 1
+        file.write_bytes(bytes(data))
+
+    if name == "lora":
+        check = lora.read_back
+        monkeypatch.setattr(lora, "read_back", lambda folder, state: (flip(folder), check(folder, state)))
+    else:
+        digests = assembly.check_digests
+        monkeypatch.setattr(assembly, "check_digests", lambda folder, known: (flip(folder), digests(folder, known)))
+    with pytest.raises(ExportError, match="does not read back as it was written"):
+        fastplug.export(model, tmp_path / "out", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_weights_under_the_adapters_name_fail(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The complaint about other exporters: the merge wrote the base. Files and checksums are fine; the proof is not."""
+    import fastplug
+    from fastplug.exporters.merging import LowRank
+
+    strong = train(copy.deepcopy(model), 0.2)
+    monkeypatch.setattr(LowRank, "apply", lambda self, base, dtype: base.to(dtype))
+    with pytest.raises(ProofError, match="the written file is not the live model: KL"):
+        fastplug.export(strong, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    result = fastplug.export(strong, tmp_path / "out", verify=False)
+    assert result.proof is None
+    assert any("Not verified" in note for note in result.notes)
+
+
+def test_results_and_provenance(model: Any, tmp_path: Path) -> None:
+    import fastplug
+
+    result = fastplug.export(model, tmp_path / "out")
+    assert result.proof is not None
+    assert result.proof.candidate.startswith("transformers ")
+    assert 0 < result.proof.kl < 1e-5
+    assert "random tokens" in result.proof.sample
+    stored = json.loads((tmp_path / "out/fastplug.json").read_text())
+    assert stored["proof"]["kl"] == result.proof.kl
+    assert stored["proof"]["bound"]["kl"] == 1e-4
+    assert verify_manifest(tmp_path / "out") == ()
+
+
+def test_an_adapter_on_its_base_from_the_disk(tmp_path: Path) -> None:
+    import transformers
+
+    import fastplug
+
+    llama().save_pretrained(tmp_path / "base")
+    key = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    live = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **{key: torch.bfloat16}))
+    result = fastplug.export(live, tmp_path / "out", "lora")
+    assert result.proof is not None
+    assert result.proof.kl < 1e-9
+    llama().save_pretrained(tmp_path / "base")  # another base under the same name
+    live.get_base_model().lm_head.weight.data.mul_(20)
+    with pytest.raises(ProofError, match="not the live model"):
+        fastplug.export(live, tmp_path / "other", "lora")

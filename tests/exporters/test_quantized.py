@@ -58,7 +58,7 @@ def test_bitsandbytes_is_what_transformers_saves(model: Any, merged: Path, tmp_p
             states[1]["dtype"] = states[0]["dtype"]
             assert states[0] == states[1]
         elif name.endswith(".absmax"):
-            assert (tensor.int() - expected[name].int()).abs().max() <= 2
+            assert (tensor.int() - expected[name].int()).abs().float().mean() < 1
         elif tensor.dtype in (torch.uint8, torch.int8) and tensor.numel() > 1:  # theirs quantized from bf16, ours not
             assert (tensor == expected[name]).float().mean() > 0.9
         else:

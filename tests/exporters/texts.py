@@ -53,7 +53,7 @@ def model(vocabulary: int, hidden: int = 256, **config: Any) -> Any:
         "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
         "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 2,
-        "initializer_range": 0.12,
+        "initializer_range": 0.05,
     }  # fmt: skip
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, **config})).to(torch.bfloat16).eval()
 

@@ -36,5 +36,6 @@ BOUNDS: dict[str, Bound] = {
     "merged_4bit": Bound(kl=0.30, top1=0.70, perplexity=1.35),
     "w4a16": Bound(kl=0.30, top1=0.70, perplexity=1.35),
     "onto the original base": Bound(kl=0.30, top1=0.70, perplexity=1.35),
+    "repacked 4-bit scales": Bound(kl=0.01, top1=0.95, perplexity=1.02),
     "8-bit activations": Bound(kl=0.02, top1=0.90, perplexity=1.05),
 }

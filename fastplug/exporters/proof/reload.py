@@ -34,6 +34,13 @@ def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def reload(folder: Path, model: Any, **options: Any) -> Runtime:
+    """What :func:`load_fresh` gives, as a runtime."""
+    import transformers
+
+    return LiveRuntime(load_fresh(folder, model, **options), name=f"transformers {transformers.__version__}")
+
+
+def load_fresh(folder: Path, model: Any, **options: Any) -> Any:
     """The model in ``folder``, loaded by transformers into an unpatched model of the class of ``model``.
 
     Args:
@@ -65,7 +72,7 @@ def reload(folder: Path, model: Any, **options: Any) -> Runtime:
             raise ExportError(
                 f"fastplug: what was written has {len(keys)} {kind.replace('_', ' ')} when it is loaded ({keys[0]})"
             )
-    return LiveRuntime(loaded.eval(), name=f"transformers {transformers.__version__}")
+    return loaded.eval()
 
 
 def prove_folder(
@@ -157,6 +164,7 @@ def _device(base: Any, folder: Path) -> torch.device:
 __all__ = [
     "check_digests",
     "gives_logits",
+    "load_fresh",
     "original_class",
     "prove_folder",
     "reload",

@@ -1,4 +1,4 @@
-"""bitsandbytes: NF4 with double quantization (arXiv:2305.14314) and LLM.int8() (arXiv:2208.07339), as transformers saves.
+"""bitsandbytes: NF4 with double quantization (arXiv:2305.14314) and LLM.int8() (arXiv:2208.07339).
 
 The keys and the packing of the state are those that ``save_pretrained`` of a model loaded in 4 or 8 bit writes, so the
 folder loads without a quantization config of the caller's.
