@@ -73,9 +73,9 @@ class Hooks:
             self._postponed = str(error)
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
-        if self.plug is None or self._postponed is None:
+        if self.plug is None or (self._postponed is None and not sharding(trainer.strategy)):
             return
-        self._apply(trainer, pl_module)
+        self._apply(trainer, pl_module)  # by now FSDP has moved the model to the device that decides about kernels
         if self._postponed is not None:
             if self.plug.options.strict:
                 raise ModelError(self._postponed)

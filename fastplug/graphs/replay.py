@@ -58,7 +58,8 @@ class LayerState:
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerState:
-        return cls(Fingerprint(layer), _weights(layer), _drops(layer))
+        sharded = getattr(layer, "_is_fsdp_managed_module", False)  # its weights lie elsewhere at every call
+        return cls(Fingerprint(layer), _weights(layer), _drops(layer), off=sharded)
 
     def renew(self, layer: nn.Module) -> None:
         """Forget what was recorded: the layer is another now."""

@@ -101,7 +101,7 @@ class GatedMLPFunction(torch.autograd.Function):
         out = spec.down.products(hidden, down_kept, out=start, factor=spec.factor)
         if spec.norm is not None and start is None:
             out = h + out
-        return out.view(x.shape)
+        return torch.ops.aten._unsafe_view(out, x.shape)  # no view: FSDP2 warns of modules that return one
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor | None, dh: torch.Tensor | None = None) -> tuple[Any, ...]:
