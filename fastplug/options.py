@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -55,8 +55,12 @@ class Options:
         _require_one_of("residual_dtype", self.residual_dtype, ("bfloat16", "float16", "float32", None))
 
     @classmethod
-    def of(cls, options: Options | Mapping[str, Any] | None = None, **overrides: Any) -> Options:
+    def of(
+        cls, options: Options | Mapping[str, Any] | None = None, *, also: Sequence[str] = (), **overrides: Any
+    ) -> Options:
         """Options from an instance, a mapping (say from YAML) or nothing, with keyword overrides.
+
+        ``also`` names what the caller takes beside these options, so that a message about an unknown one can name it.
 
         Raises:
             OptionError: For an unknown key, naming the nearest known one, or an impossible value.
@@ -72,8 +76,8 @@ class Options:
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
-                nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known options: {', '.join(known)}"
+                nearest = difflib.get_close_matches(str(key), [*known, *also], n=1, cutoff=0.4)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known options: {', '.join([*known, *also])}"
                 raise OptionError(f"fastplug: unknown option {key!r}; {hint}")
         return replace(options, **given)
 
