@@ -59,6 +59,12 @@ class Meter:
         """Forget the time since the last tick: an evaluation or a save."""
         self._mark = None
 
+    def take(self) -> int:
+        """The tokens of this rank since the last call. Waits for the device."""
+        count = self._known + sum(int(part) for part in self._on_device.values())
+        self._known, self._on_device = 0, {}
+        return count
+
     def read(self, device: torch.device, replicas: int = 1) -> dict[str, float]:
         """The two metrics since the last read, over all ranks. Waits for the device; every rank must call it.
 
@@ -66,8 +72,7 @@ class Meter:
             device: The device that this rank trains on.
             replicas: How many ranks see the same tokens (tensor parallelism).
         """
-        tokens = float(self._known + sum(int(part) for part in self._on_device.values()))
-        self._known, self._on_device = 0, {}
+        tokens: float = self.take()
         peak = peak_memory_gib(device)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:

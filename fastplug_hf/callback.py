@@ -9,20 +9,18 @@ No event of the Trainer hands a callback the Trainer or its list of callbacks, a
 * **Ctrl-C.** No event follows an exception that leaves ``train()``. So this one Trainer's class is swapped for a
   subclass of it, in name the same, whose ``train`` passes the exception on to the callback.
 
-Both objects are the ``self`` of a calling frame when an event arrives, and are found there: nothing global is patched
-and no other Trainer is touched. Where they are not found (a trainer of another make), training works, the metrics reach
-``trainer_state.json``, and ``with FastPlugCallback() as callback:`` undoes at the end in any case.
+Both objects are the ``self`` of a calling frame when an event arrives, and are found there (``host.py``): nothing
+global is patched and no other Trainer is touched. Where they are not found (a trainer of another make), training works,
+the metrics reach ``trainer_state.json``, and ``with FastPlugCallback() as callback:`` undoes at the end in any case.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import sys
 import weakref
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,12 +30,13 @@ from transformers.utils.logging import get_verbosity
 
 import fastplug
 from fastplug.errors import ModelError, OptionError
-from fastplug_hf.metrics import Meter
+from fastplug.metrics import Meter
+from fastplug.run_exports import Exports, describe, export_each, parse_exports
+from fastplug_hf.host import caller, guard
+from fastplug_hf.metrics import TokenCounter
 
 logger = logging.getLogger("fastplug")
 REPORT = "fastplug_report.json"
-_GUARD = "_fastplug_guard"
-T = TypeVar("T")
 
 
 class FastPlugCallback(TrainerCallback):
@@ -46,6 +45,9 @@ class FastPlugCallback(TrainerCallback):
     Args:
         undo_at_end: Give the model back as it was when ``train()`` ends, in whatever way. By default it stays patched
             (and saves, loads and generates as before), except after a Ctrl-C.
+        export: What to write into ``<output_dir>/<format>`` when ``train()`` ends well, on the first rank: a format of
+            :func:`fastplug.export` (``"merged_16bit"``), several, or a mapping of formats to their options. What an
+            earlier run wrote there is replaced. An export that fails is logged, and with ``strict=True`` raised.
         options: The keys of :class:`fastplug.Options`.
 
     Logs per training step logged: ``fastplug/tokens_per_second`` (unpadded tokens of all ranks over the time spent
@@ -57,20 +59,22 @@ class FastPlugCallback(TrainerCallback):
         StrictError: With ``strict=True``, from the Trainer's constructor, where not all was patched.
     """
 
-    def __init__(self, *, undo_at_end: bool = False, **options: Any) -> None:
+    def __init__(self, *, undo_at_end: bool = False, export: Exports | None = None, **options: Any) -> None:
         if not isinstance(undo_at_end, bool):
             raise OptionError(f"fastplug: undo_at_end must be true or false, not {undo_at_end!r}")
         self.undo_at_end = undo_at_end
-        self.options = fastplug.Options.of(options)
+        self.options = fastplug.Options.of(options, also=("undo_at_end", "export"))
+        self.exports = parse_exports(export)
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._meter = Meter()
+        self._counter = TokenCounter(self._meter)
         self._announced: set[str] = set()
         self._active = True
         self._in_training = False
 
     def undo(self) -> None:
         """Give every model that this callback patched back as it was. Training again patches again."""
-        self._meter.stop()
+        self._stop_meter()
         for model in list(self._models):
             fastplug.undo(model)
         self._models.clear()
@@ -84,21 +88,21 @@ class FastPlugCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._take_place()
-        trainer = _caller(Trainer)
-        kind: Any = type(trainer)
-        if trainer is not None and _GUARD not in vars(kind):
-            trainer.__class__ = _guarded(kind)
+        self._take_place(state)
+        trainer = caller(Trainer)
+        if trainer is not None:
+            guard(trainer, _tell)
         self._apply(model, state)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._in_training = True
-        self._take_place()
+        self._take_place(state)
         self._apply(model, state)  # model_init and Liger come after on_init_end
         if self._active and isinstance(model, nn.Module):
-            self._meter.start(model)
+            self._meter.start()
+            self._counter.attach(model)
             self._write_report(model, args, state, args.output_dir)
 
     def on_step_begin(
@@ -149,29 +153,40 @@ class FastPlugCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._in_training = False
-        self._meter.stop()
+        took_part = self._stop_meter()
         self._write_report(model, args, state, args.output_dir)  # now with the calls that ran an original forward
+        if took_part and state.is_world_process_zero:
+            tokenizer = kwargs.get("processing_class")
+            for result in export_each(model, args.output_dir, self.exports, tokenizer, self.options.strict):
+                self._say(state, describe(result))
         if self.undo_at_end:
             self.undo()
 
     def on_exception(self, error: BaseException) -> None:
         """``train()`` was left by an exception: undo after a Ctrl-C, after any other if ``undo_at_end``."""
         self._in_training = False
-        self._meter.stop()
+        self._stop_meter()
         if self._models and (self.undo_at_end or isinstance(error, KeyboardInterrupt)):
             self.undo()
             logger.warning("fastplug: training was interrupted; the model is as it was before fastplug")
 
-    def _take_place(self) -> None:
+    def _stop_meter(self) -> bool:
+        """Stop measuring; whether it was."""
+        was_running = self._meter.running
+        self._meter.stop()
+        self._counter.detach()
+        return was_running
+
+    def _take_place(self, state: TrainerState) -> None:
         """Move to the front of the Trainer's callbacks, or step aside for another FastPlugCallback."""
-        handler = _caller(CallbackHandler)
+        handler = caller(CallbackHandler)
         if handler is None:
             return
         callbacks: list[Any] = handler.callbacks
         first = next(callback for callback in callbacks if isinstance(callback, FastPlugCallback))
         self._active = first is self
         if not self._active:
-            logger.warning("fastplug: this Trainer has two FastPlugCallbacks; the second does nothing, remove it")
+            self._say(state, "fastplug: this Trainer has two FastPlugCallbacks; the second does nothing, remove it")
             return
         # The handler may be iterating over this list: taking this entry out and putting it in before leaves the
         # position of all later ones alone.
@@ -213,30 +228,10 @@ class FastPlugCallback(TrainerCallback):
             logger.warning("fastplug: the report could not be written to %s (%s)", folder, error)
 
 
-def _caller(kind: type[T]) -> T | None:
-    """The nearest calling method's ``self`` that is a ``kind``."""
-    frame = sys._getframe(1).f_back
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            return found
-        frame = frame.f_back
-    return None
+def _tell(trainer: Trainer, error: BaseException) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, FastPlugCallback):
+            callback.on_exception(error)
 
 
-@functools.cache
-def _guarded(kind: Any) -> Any:
-    """``kind`` with a ``train`` that tells the FastPlugCallback of an exception that leaves it."""
-
-    @functools.wraps(kind.train)
-    def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return kind.train(self, *args, **kwargs)
-        except BaseException as error:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, FastPlugCallback):
-                    callback.on_exception(error)
-            raise
-
-    namespace = {"train": train, "__module__": kind.__module__, "__qualname__": kind.__qualname__, _GUARD: True}
-    return type(kind.__name__, (kind,), namespace)
+__all__ = ["REPORT", "FastPlugCallback"]

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+import fastplug
+from fastplug.patching.sites import KEY
 from tests import models
 
 Row = dict[str, torch.Tensor]
@@ -43,7 +46,8 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 def trainer(model: Any, folder: Path, *callbacks: Any, data: list[Row] | None = None, **changes: Any) -> Trainer:
     """``changes`` go to the TrainingArguments, but for the keys that are the Trainer's own."""
-    own = {key: changes.pop(key) for key in ("compute_loss_func", "compute_metrics", "model_init") if key in changes}
+    keys = ("compute_loss_func", "compute_metrics", "model_init", "processing_class")
+    own = {key: changes.pop(key) for key in keys if key in changes}
     data = rows() if data is None else data
     return Trainer(
         model=model,
@@ -57,6 +61,18 @@ def trainer(model: Any, folder: Path, *callbacks: Any, data: list[Row] | None = 
 
 def losses(of: Trainer, key: str = "loss") -> list[float]:
     return [entry[key] for entry in of.state.log_history if key in entry]
+
+
+def patched(model: nn.Module) -> bool:
+    return any(KEY in module.__dict__ for module in model.modules())
+
+
+def assert_fused(model: nn.Module) -> None:
+    """Every site was patched or had nothing to gain, and no call ran an original forward."""
+    report = fastplug.report(model)
+    assert {d.role for d in report.patched} >= {"lm_head_loss", "decoder_layer"}, report.summary()
+    assert not report.refused, report.summary()
+    assert not report.fallbacks, report.summary()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
