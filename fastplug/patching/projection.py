@@ -51,7 +51,9 @@ def _base(linear: nn.Module, runtime: Runtime) -> Projection | str:
     weight = codec.read(linear)
     if isinstance(weight, str):
         return f"cannot be read: {weight}"
-    trained = linear.weight if linear.weight.requires_grad else None
+    # FSDP1 hands out views of one flat parameter, which all need a gradient if one of its parts does.
+    dense = weight.tensors[0] is linear.weight
+    trained = linear.weight if dense and linear.weight.requires_grad else None
     # The weight is read again in the backward, after the host has unsharded it again.
     return Projection(
         functools.partial(codec.read, linear),  # type: ignore[arg-type]
