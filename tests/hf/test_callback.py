@@ -211,6 +211,28 @@ def test_other_callbacks_are_called_once_each_in_their_order(tmp_path: Path) -> 
     assert calls == [("First", "init"), ("Last", "init"), ("First", "train"), ("Last", "train")]
 
 
+RANK = """
+import sys, torch
+import torch.distributed as dist
+from fastplug.metrics import Meter, TOKENS_PER_SECOND
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+meter = Meter()
+meter.start()
+meter._seconds = 2.0
+meter.count(torch.ones(3, 5), torch.ones(3, 5) if rank else torch.eye(5)[:3])
+print(meter.read(torch.device("cpu"))[TOKENS_PER_SECOND])
+"""
+
+
+def test_tokens_are_those_of_all_ranks(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(i), str(tmp_path / "store")], stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    assert [float(rank.communicate(timeout=60)[0]) for rank in ranks] == [9.0, 9.0]  # (3 + 15) / 2 s
+
+
 @pytest.mark.gpu
 def test_counting_does_not_wait_for_the_device(device: torch.device) -> None:
     model = models.plain("llama").to(device)
