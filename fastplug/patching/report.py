@@ -79,5 +79,8 @@ class Report:
 
 
 def _counts(decisions: list[Decision]) -> str:
-    counts = Counter((d.role, d.implementation) for d in decisions)
-    return ", ".join(f"{count} x {role} ({implementation})" for (role, implementation), count in counts.items())
+    counts = Counter((d.role, d.implementation, d.family.startswith("by structure")) for d in decisions)
+    return ", ".join(
+        f"{count} x {role} ({implementation}{', by structure, checked' if guessed else ''})"
+        for (role, implementation, guessed), count in counts.items()
+    )

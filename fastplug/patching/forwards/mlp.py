@@ -69,7 +69,10 @@ def plan_plain(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor
     return PlainMLP(up, getattr(mlp, family.activation), down, dropout)
 
 
-def forward(module: nn.Module, binding: Binding, x: torch.Tensor) -> Any:
+def forward(module: nn.Module, binding: Binding, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+    x = args[0] if args else kwargs.get(binding.parameters[0])
+    if x is None or len(args) + len(kwargs) != 1:
+        return NotCovered("it is given more than its input")
     family, runtime = binding.family, binding.runtime
     if family.gate is None:
         plain = interception(module, ()) or plan_plain(module, family, runtime, x)

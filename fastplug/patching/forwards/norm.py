@@ -13,7 +13,10 @@ from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
 
-def forward(module: nn.Module, binding: Binding, hidden_states: torch.Tensor) -> Any:
+def forward(module: nn.Module, binding: Binding, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+    hidden_states = args[0] if args else kwargs.get(binding.parameters[0])
+    if hidden_states is None or len(args) + len(kwargs) != 1:
+        return NotCovered("it is given more than its input")
     found = read_norm(module, binding.family, inside=True)
     if isinstance(found, str):
         return NotCovered(f"norm {found}")
