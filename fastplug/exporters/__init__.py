@@ -11,9 +11,12 @@ from __future__ import annotations
 from fastplug.exporters.api import Exporter, ExportError, ExportResult
 from fastplug.exporters.gguf.export import gguf as gguf_files
 from fastplug.exporters.gguf.lora import gguf_lora
+from fastplug.exporters.hub import hub
 from fastplug.exporters.lora import lora
 from fastplug.exporters.merged import merged_16bit, merged_32bit
+from fastplug.exporters.onnx import onnx
 from fastplug.exporters.quantized import fp8, int8, merged_4bit, merged_8bit, w4a16
+from fastplug.exporters.vllm import vllm
 from fastplug.manager import hookimpl
 
 BUILTIN: tuple[Exporter, ...] = (
@@ -25,6 +28,9 @@ BUILTIN: tuple[Exporter, ...] = (
     Exporter("int8", "merged, then INT8 weights and activations (compressed-tensors, for vLLM)", int8),
     Exporter("w4a16", "merged, then 4-bit weights in groups (compressed-tensors, for vLLM)", w4a16),
     Exporter("lora", "the adapter alone, in PEFT's layout", lora),
+    Exporter("vllm", "a folder that vLLM serves, with the command (weights=16bit, fp8, ..., adapter)", vllm),
+    Exporter("onnx", "merged, as an ONNX graph in fp32, with a KV cache or without (kv_cache=)", onnx),
+    Exporter("hub", "any of these (weights=), pushed to a Hugging Face hub with a model card", hub),
     Exporter(
         "gguf", "merged, as one file for llama.cpp in each of types=; gguf:q4_k_m names them", gguf_files, "types"
     ),

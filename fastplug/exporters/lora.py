@@ -32,6 +32,7 @@ def lora(
     texts: Sequence[str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    extra: Mapping[str, str] | None = None,
 ) -> ExportResult:
     """Write the adapter of a live model, as ``PeftModel.from_pretrained`` and inference servers read it.
 
@@ -47,6 +48,7 @@ def lora(
         overwrite: Replace an existing export.
         verify: Compare the written tensors with the live ones; and where the base lies on this disk, load it afresh,
             put the written adapter on it and compare it with the live model.
+        extra: Further text files, by name.
 
     Raises:
         ExportError: The model has no adapter, or its tensors are sharded; or the written files are not the live
@@ -92,6 +94,8 @@ def lora(
         write_provenance(
             model, base, folder, "lora", names, proof=None if proof is None else proof.as_dict(), notes=notes
         )
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         write_manifest(folder)
         files = list_files(folder)
         size = sum((folder / name).stat().st_size for name in files)

@@ -13,7 +13,8 @@ from fastplug.exporters.quantized.bnb import encode_4bit, encode_8bit
 from fastplug.exporters.quantized.compressed import FP8, INT8, W4A16, encode
 
 Quant = Literal["nf4", "fp4", "int8"]
-_FORMS = {
+FORMS = {
+    "merged_16bit": Merged("merged_16bit"),
     "merged_4bit": Merged("merged_4bit", encode=encode_4bit),
     "merged_8bit": Merged("merged_8bit", encode=encode_8bit),
     **{scheme.name: Merged(scheme.name, encode=partial(encode, scheme)) for scheme in (FP8, INT8, W4A16)},
@@ -36,7 +37,7 @@ def _write(
 ) -> ExportResult:
     """See :func:`fastplug.exporters.merged.merged_16bit` for the arguments, the result and the errors."""
     return write_merged(
-        model, path, _FORMS[name], adapter=adapter, base=base, quant=quant, tokenizer=tokenizer, texts=texts,
+        model, path, FORMS[name], adapter=adapter, base=base, quant=quant, tokenizer=tokenizer, texts=texts,
         max_shard_size=max_shard_size, overwrite=overwrite, verify=verify,
     )  # fmt: skip
 
