@@ -14,6 +14,7 @@ from fastplug.exporters.gguf.lora import gguf_lora
 from fastplug.exporters.hub import hub
 from fastplug.exporters.lora import lora
 from fastplug.exporters.merged import merged_16bit, merged_32bit
+from fastplug.exporters.ollama import ollama as ollama_model
 from fastplug.exporters.onnx import onnx
 from fastplug.exporters.quantized import fp8, int8, merged_4bit, merged_8bit, w4a16
 from fastplug.exporters.vllm import vllm
@@ -34,6 +35,7 @@ BUILTIN: tuple[Exporter, ...] = (
     Exporter(
         "gguf", "merged, as one file for llama.cpp in each of types=; gguf:q4_k_m names them", gguf_files, "types"
     ),
+    Exporter("ollama", "merged, as a GGUF file with a Modelfile for Ollama", ollama_model, "types"),
     Exporter("gguf_lora", "the adapter alone, for llama.cpp's --lora", gguf_lora),
 )
 

@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,55 @@ def gguf(
         MissingConverter, MissingLibLlama: Something is not installed, with the command that installs it.
         OSError: ``path`` exists, cannot be written, or the disk is full. Nothing is left under ``path``.
     """
+    return export_files(
+        model, path, "gguf", parse_types(types), adapter=adapter, base=base, quant=quant, tokenizer=tokenizer,
+        data=data, texts=texts, name=name, pre_tokenizer=pre_tokenizer, llama_cpp=llama_cpp, libllama=libllama,
+        threads=threads, overwrite=overwrite, verify=verify,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Written:
+    """What another format built on GGUF files may add to.
+
+    Attributes:
+        folder: The folder, not yet under its final name.
+        files: The files by their type.
+        base: The plain model.
+        tokenizer: The tokenizer as it was written.
+        llama: libllama, with the last file loaded; None where nothing is verified.
+    """
+
+    folder: Path
+    files: dict[FileType, Path]
+    base: Any
+    tokenizer: Any
+    llama: LibLlama | None
+
+
+def export_files(
+    model: Any,
+    path: str | os.PathLike[str],
+    kind: str,
+    rows: Sequence[FileType],
+    *,
+    adapter: str | Sequence[str] | os.PathLike[str] | None,
+    base: str | os.PathLike[str] | None,
+    quant: str | None,
+    tokenizer: Any,
+    data: str | os.PathLike[str] | Iterable[Any] | None,
+    texts: Sequence[str] | None,
+    name: str | None,
+    pre_tokenizer: str | None,
+    llama_cpp: str | os.PathLike[str] | None,
+    libllama: str | os.PathLike[str] | None,
+    threads: int | None,
+    overwrite: bool,
+    verify: bool,
+    finish: Callable[[Written], list[str]] | None = None,
+) -> ExportResult:
+    """:func:`gguf` for the format ``kind``; ``finish`` adds files to the folder and returns notes."""
     began = time.perf_counter()
-    rows = parse_types(types)
     root = converter.find(llama_cpp)
     needs_llama = verify or any(not row.plain for row in rows) or len(rows) > 1
     with (
@@ -175,9 +223,11 @@ def gguf(
             check_digests(folder, digests)
         else:
             notes.append(NOT_VERIFIED)
+        if finish is not None:
+            notes += finish(Written(folder, files, plain, loaded, llama if verify else None))
         shutil.rmtree(work)
         write_provenance(
-            model, plain, folder, "gguf", [item for item in chosen if item in adapter_configs(model)],
+            model, plain, folder, kind, [item for item in chosen if item in adapter_configs(model)],
             types=[row.name for row in rows], merged_tensors=len(merge.merged), replaced_modules=merge.replaced,
             scales={item: sorted(values) for item, values in merge.scales.items()},
             merged_onto="original base" if originals is not None else "base as loaded",
@@ -188,7 +238,7 @@ def gguf(
         size = sum((folder / item).stat().st_size for item in listed)
     final = Path(os.path.abspath(os.path.expanduser(path)))
     worst = max(proofs.values(), key=lambda proof: proof.kl, default=None)
-    return ExportResult("gguf", final, listed, size, time.perf_counter() - began, tuple(notes), worst)
+    return ExportResult(kind, final, listed, size, time.perf_counter() - began, tuple(notes), worst)
 
 
 def write_gguf(
@@ -243,4 +293,4 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
-__all__ = ["file_name", "gguf", "sequence_length", "write_gguf"]
+__all__ = ["Written", "export_files", "file_name", "gguf", "sequence_length", "write_gguf"]
