@@ -279,6 +279,20 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     assert 60 << 20 < peak < 120 << 20
 
 
+def test_other_programs_are_noticed() -> None:
+    from fastplug.demo import busy
+
+    assert busy.caution([None, 0.01]) is None
+    assert busy.caution([]) is None
+    assert "up to 55% of the CPUs" in str(busy.caution([None, 0.55, 0.2]))
+    measure = busy.OtherPrograms()
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.3:  # this process's own work does not count
+        pass
+    share = measure.share()
+    assert share is None or 0.0 <= share <= 1.0
+
+
 class _Words:
     chat_template = None
     eos_token = ""

@@ -72,6 +72,8 @@ def show(result: DemoResult, console: Console) -> None:
         "",
     )
     console.print(table)
+    if result.caution is not None:
+        console.print(f"[yellow]note[/]  {result.caution}", highlight=False)
 
     check = result.logits
     _verdict(console, result.same_batches, "both runs read the same batches")

@@ -69,6 +69,7 @@ class RunResult:
         warmup: Leading steps that the speed leaves out (compiling kernels, first touches of memory).
         peak_bytes: Highest use of memory (see ``memory_kind``); None where the system does not say.
         memory_kind: What ``peak_bytes`` counts, or why it is None.
+        others: The part of all CPUs' time, 0 to 1, that other programs used meanwhile; None where it is not known.
     """
 
     name: str
@@ -79,6 +80,7 @@ class RunResult:
     warmup: int
     peak_bytes: int | None
     memory_kind: str
+    others: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -134,6 +136,7 @@ class DemoResult:
         seconds: Wall time of the whole demo.
         plot, adapter, merged, base: What was written; ``base`` is None where ``--model`` named it.
         report: fastplug's summary of what it patched.
+        caution: Why the two speeds should not be compared, or None.
     """
 
     baseline: RunResult
@@ -149,6 +152,7 @@ class DemoResult:
     merged: Path
     base: Path | None
     report: str
+    caution: str | None = None
 
     @property
     def same_batches(self) -> bool:

@@ -194,7 +194,8 @@ def describe(device: torch.device) -> str:
 
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
 
 
 __all__ = ["MissingModel", "default_model", "load_qlora", "load_tokenizer", "pick_device", "precision_of"]

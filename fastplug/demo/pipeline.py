@@ -51,7 +51,7 @@ def run(config: DemoConfig, console: Console | None = None) -> DemoResult:
 
 def _run(config: DemoConfig, console: Console, began: float) -> DemoResult:
     import fastplug
-    from fastplug.demo import checks, data, plot
+    from fastplug.demo import busy, checks, data, plot
     from fastplug.demo import model as models
     from fastplug.demo.training import adapter_state, restore_adapter, train
     from fastplug_hf import FastPlugCallback
@@ -102,7 +102,8 @@ def _run(config: DemoConfig, console: Console, began: float) -> DemoResult:
         logits = checks.compare_logits(model, reloaded, examples, tokenizer.pad_token_id)
         status.update("asking the model again")
         after = checks.generate(model, tokenizer, prompt, config.new_tokens)
-        figure = plot.draw(runs[0], runs[1], out / "demo.png", models.describe(device))
+        caution = busy.caution(run.others for run in runs) if device.type == "cpu" else None
+        figure = plot.draw(runs[0], runs[1], out / "demo.png", models.describe(device), caution)
     shutil.rmtree(out / "trainer", ignore_errors=True)
     return DemoResult(
         baseline=runs[0],
@@ -118,6 +119,7 @@ def _run(config: DemoConfig, console: Console, began: float) -> DemoResult:
         merged=merged,
         base=base,
         report=report,
+        caution=caution,
     )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from fastplug.demo.config import RunResult
 
-_GREY, _BLUE, _INK = "#9aa3ad", "#1463b8", "#222222"
+_GREY, _BLUE, _INK, _RED = "#9aa3ad", "#1463b8", "#222222", "#a83232"
 
 
-def draw(baseline: RunResult, ours: RunResult, path: Path, device: str) -> Path:
+def draw(baseline: RunResult, ours: RunResult, path: Path, device: str, caution: str | None = None) -> Path:
     """Write the PNG and return its path. Draws without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -19,6 +19,8 @@ def draw(baseline: RunResult, ours: RunResult, path: Path, device: str) -> Path:
     FigureCanvasAgg(figure)
     loss, speed, memory = figure.subplots(1, 3, width_ratios=(2.6, 1, 1))
     figure.suptitle(f"QLoRA fine-tuning with and without fastplug, {device}", fontsize=12, color=_INK)
+    if caution is not None:
+        figure.supxlabel(caution, fontsize=9, color=_RED)
     _losses(loss, baseline, ours)
     _bars(speed, "Speed", "tokens per second", (baseline.tokens_per_second, ours.tokens_per_second), "{:,.0f}")
     if baseline.peak_bytes is None or ours.peak_bytes is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastplug.demo.busy import OtherPrograms
 from fastplug.demo.config import DemoConfig, RunResult
 from fastplug.demo.data import Collator, Example
 from fastplug.demo.memory import PeakMemory
@@ -64,9 +65,9 @@ def train(
         callbacks=[*callbacks, watch],
     )
     trainer.remove_callback(PrinterCallback)
-    memory = PeakMemory(device)
+    memory, others = PeakMemory(device), OtherPrograms()
     trainer.train()
-    peak = memory.read()
+    peak, share = memory.read(), others.share()
     # Mixed precision wraps the model's forward; without this the next run would wrap it once more.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.zero_grad(set_to_none=True)
@@ -81,6 +82,7 @@ def train(
         warmup=min(3, steps - 1),
         peak_bytes=peak,
         memory_kind=memory.kind,
+        others=share,
     )
 
 
