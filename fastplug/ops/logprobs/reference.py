@@ -178,8 +178,12 @@ def _store(logits: Tensor, gradient: Tensor, slope: Tensor | float, ignored: Ten
 
 
 def _fill_rows(tensor: Tensor, rows: Tensor, value: float) -> None:
-    """Fill the rows where ``rows`` [C, 1] is true. A CPU touches only those; elsewhere counting them would sync."""
-    if tensor.device.type == "cpu":
+    """Fill the rows where ``rows`` [C, 1] is true. A CPU touches only those; elsewhere counting them would sync.
+
+    Not where ``torch.compile`` traces: inductor (2.13) fuses an assignment by mask with the ``scatter_add_`` before it
+    in the wrong order.
+    """
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         tensor[rows.squeeze(1)] = value
     else:
         tensor.masked_fill_(rows, value)
