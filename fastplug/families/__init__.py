@@ -9,7 +9,7 @@ from fastplug.manager import hookimpl
 
 MODULES = (
     "llama", "mistral", "qwen2", "gemma", "phi", "granite", "smollm", "olmo", "glm", "cohere", "layer_norm_models",
-    "mixtures",
+    "mixtures", "parts", "vision",
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ class Plain:
     name = "plain"
 
     def matches(self, linear: nn.Module) -> bool:
-        return own_class(type(linear)) is nn.Linear
+        kind = own_class(type(linear))
+        return kind is nn.Linear or kind.__qualname__ == "FalconLinear"  # which adds its bias in a second step
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         weight = linear.weight

@@ -6,6 +6,7 @@ kind where the family mixes kinds.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ class Case:
     classes: tuple[str, str]
     config: dict[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
+    text: dict[str, Any] | None = None  # of a model that sees: what differs in its text tower
+    roles: frozenset[str] = frozenset({"decoder_layer", "attention", "lm_head_loss"})  # that must be patched
 
 
 def llama_like(row: str, prefix: str, attention: str = "sdpa", config_class: str | None = None, **config: Any) -> Case:
@@ -88,6 +91,76 @@ CASES: dict[str, Case] = {
     ),
 }
 
+PARTS = frozenset({"mlp", "lm_head_loss"})
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "num_attention_heads": 2, "num_heads": 2, "num_hidden_layers": 2, "depth": 2,
+    "intermediate_size": 64, "image_size": 16, "patch_size": 8, "out_hidden_size": 64, "spatial_merge_size": 1,
+    "temporal_patch_size": 1, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "head_dim": 16,
+    "fullatt_block_indexes": [0], "window_size": 16, "in_channels": 3,
+}  # fmt: skip
+
+
+def seeing(row: str, prefix: str, text: dict[str, Any], **config: Any) -> Case:
+    classes = (f"{prefix}Config", f"{prefix}ForConditionalGeneration")
+    return Case(row, classes, {"image_token_id": 5, "image_token_index": 5, **config}, text=text)
+
+
+CASES.update(
+    {
+        "gemma 4": Case(
+            "gemma4",
+            ("Gemma4TextConfig", "Gemma4ForCausalLM"),
+            {"head_dim": 32, "vocab_size_per_layer_input": models.VOCABULARY, "num_kv_shared_layers": 0, **MIXED},
+            roles=PARTS,
+        ),
+        "llama 4": Case(
+            "llama4",
+            ("Llama4TextConfig", "Llama4ForCausalLM"),
+            {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 128, "head_dim": 16},
+            roles=PARTS,
+        ),
+        "falcon": Case(
+            "falcon",
+            ("FalconConfig", "FalconForCausalLM"),
+            {"ffn_hidden_size": 128, "intermediate_size": None, "num_key_value_heads": None},
+            roles=PARTS,
+        ),
+        "gpt 2": Case(
+            "gpt2",
+            ("GPT2Config", "GPT2LMHeadModel"),
+            {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+            roles=frozenset({"lm_head_loss"}),
+        ),
+        "qwen 2.5 vl": seeing(
+            "qwen2_5_vl",
+            "Qwen2_5_VL",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        ),
+        "qwen 3 vl": seeing(
+            "qwen3_vl",
+            "Qwen3VL",
+            {
+                "head_dim": 16,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+            },
+        ),
+        "gemma 3, seeing": seeing(
+            "gemma3", "Gemma3", {"head_dim": 32, **MIXED}, mm_tokens_per_image=4, boi_token_index=6, eoi_token_index=7
+        ),
+        "llava": seeing("llava", "Llava", {"model_type": "llama"}, image_seq_length=4),
+        "mistral 3": seeing("mistral3", "Mistral3", {"model_type": "mistral", "sliding_window": 5, "head_dim": 16}),
+        "pixtral": seeing(
+            "pixtral",
+            "Llava",
+            {"model_type": "mistral", "head_dim": 16, "sliding_window": 5},
+            vision_config={**VISION, "model_type": "pixtral"},
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            image_seq_length=4,
+        ),
+    }
+)
+
 
 def available(name: str) -> bool:
     """Whether the installed transformers has the family."""
@@ -104,8 +177,13 @@ def build(name: str, seed: int = 1, **config: Any) -> Any:
     values = {
         "vocab_size": models.VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, **case.config, **config,
+        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
     }  # fmt: skip
+    if case.text is not None:
+        own = {"vision_config": VISION, "tie_word_embeddings": values["tie_word_embeddings"], **case.config, **config}
+        values = {"text_config": {**values, **case.text}, **own}
+    else:
+        values.update(case.config, **config)
     config_class, model_class = case.classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -124,9 +202,11 @@ def build(name: str, seed: int = 1, **config: Any) -> Any:
 
 def linears(model: nn.Module) -> tuple[str, ...]:
     """Names of the linear layers in the decoder layers, routers left out."""
-    found = {name for name, child in model.named_modules() if type(child) is nn.Linear and ".layers." in name}
-    names = {name.rpartition(".")[2] for name in found}
-    return tuple(sorted(names - {"gate", "router", "shared_expert_gate"}))
+    found = [name for name, child in model.named_modules() if isinstance(child, nn.Linear)]
+    inside = [name for name in found if re.search(r"\.(layers|h)\.\d", name) and "vision" not in name]
+    names = {name.rpartition(".")[2] for name in inside}
+    names = names or {"c_attn", "c_fc"}  # GPT-2's are no linear layers
+    return tuple(sorted(names - {"gate", "router", "shared_expert_gate", "per_layer_input_gate"}))
 
 
 def adapted(name: str, **config: Any) -> Any:

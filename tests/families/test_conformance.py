@@ -36,12 +36,13 @@ def test_step_is_equal(name: str, kind: str) -> None:
     model = BUILDERS[kind](name)
     twin = patched(model)
     roles = {decision.role: decision for decision in fastplug.report(twin).patched}
-    assert {"decoder_layer", "attention", "lm_head_loss"} <= roles.keys()
+    assert cases.CASES[name].roles <= roles.keys()
     batch = models.padded("left")
     ours = step(twin, batch)
     assert_equal(ours, step(model, batch), BOUND)
     assert not fallbacks(twin), fallbacks(twin)
-    assert all(gradient is not None for gradient in ours.gradients.values())
+    if cases.CASES[name].text is None:  # a vision tower gets none from text
+        assert all(gradient is not None for gradient in ours.gradients.values())
 
 
 @every_row

@@ -94,7 +94,7 @@ class GatedMLPFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         if not spec.joined and spec.norm is not None:
-            return spec.down.products(hidden, down_kept).view(x.shape), h.view(x.shape)
+            return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)
         if tensors_left() == sum(tensor is not None for tensor in saved):
             return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         start = h.clone() if spec.norm is not None and h.dtype == dtype else None

@@ -25,7 +25,9 @@ class LoRALinear(torch.autograd.Function):
         out, kept = group.forward(rows)
         ctx.save_for_backward(x, *kept.tensors())
         ctx.group = group
-        return out.view(*x.shape[:-1], group.out_features)
+        return torch.ops.aten._unsafe_view(
+            out, (*x.shape[:-1], group.out_features)
+        )  # no view: the caller may add in place
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:

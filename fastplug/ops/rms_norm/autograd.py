@@ -31,7 +31,7 @@ class RMSNorm(torch.autograd.Function):
         ctx.implementation, ctx.offset, ctx.cast_first = implementation, offset, cast_first
         ctx.shape, ctx.residual_dtype = x.shape, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
-        y = y.view(x.shape)
+        y = torch.ops.aten._unsafe_view(y, x.shape)  # not a view: the caller may write into it
         return y if residual is None else (y, h.view(x.shape))
 
     @staticmethod

@@ -56,6 +56,8 @@ def plan(
     """Read the module's present state, or say why the fused path does not cover it."""
     if kwargs.get("position_embeddings") is None:
         return "no position embeddings were given to the attention"
+    if kwargs["position_embeddings"][0].dim() != 3:
+        return "the position embeddings are of several axes"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
     qkv = read_group(attention, family.qkv, x, runtime)
