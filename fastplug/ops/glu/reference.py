@@ -42,7 +42,7 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Te
     """
     check_activation(activation)
     wide = torch.promote_types(gate.dtype, torch.float32)
-    out.copy_(activate(gate, activation).to(wide) * up.to(wide))
+    out.copy_(activate(gate, activation).to(wide).mul_(up.to(wide)))
 
 
 def backward(
@@ -67,8 +67,8 @@ def backward(
     g, u, d = gate.to(wide), up.to(wide), dout.to(wide)
     if activation == "silu":
         s = torch.sigmoid(g)
-        slope = s * (1 + g * torch.sigmoid(-g))  # not 1 - s, which cancels
-        value = g * s
+        slope = torch.neg(g).sigmoid_().mul_(g).add_(1).mul_(s)  # not 1 - s, which cancels
+        value = s.mul_(g)
     elif activation == "gelu":
         cdf = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
         slope = cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
@@ -81,9 +81,9 @@ def backward(
         rest = torch.sigmoid(-y)  # not 1 - s, which cancels
         slope = s + c * s * rest * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * c * c)
         value = g * s
-    product = value.to(gate.dtype).to(wide) * u
-    gradients = d * u * slope, d * value  # all before the first write: the outputs may be the inputs
+    product = None if out is None else value.to(gate.dtype).to(wide) * u
+    gradients = slope.mul_(u).mul_(d), value.mul_(d)  # all before the first write: the outputs may be the inputs
     dgate.copy_(gradients[0])
     dup.copy_(gradients[1])
-    if out is not None:
+    if out is not None and product is not None:
         out.copy_(product)

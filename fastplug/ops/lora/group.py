@@ -131,6 +131,25 @@ class Group:
             row += p.shape[0]
         return blocks
 
+    def _tiles(self, tensor: torch.Tensor) -> list[tuple[slice, slice]]:
+        """(rows of y, columns of x Aᵀ) of the products with B.
+
+        One, zeros included, saves launches on a GPU; a CPU has none to save, and a zero takes as long as a number.
+        """
+        if tensor.device.type == "cpu" and len(self.adapted) == len(self.projections):
+            return [(rows, columns) for _, rows, columns in self._blocks()]
+        return [(slice(0, self.out_features), slice(0, self.rank))]
+
+    def _scaled_gb(self, g: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """scaling · g B [tokens, rank] for the block-diagonal B."""
+        tiles = self._tiles(g)
+        if len(tiles) == 1:
+            return self._scaled(g, b)
+        product = torch.empty(g.shape[0], self.rank, dtype=self.dtype, device=g.device)
+        for (rows, columns), p in zip(tiles, self.adapted, strict=True):
+            product[:, columns].addmm_(g[:, rows], b[rows, columns], beta=0, alpha=p.scaling)
+        return product
+
     def _scaled(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """scaling · left @ right [tokens, rank]; the factor is applied before the product is rounded if it is one."""
         product = torch.empty(left.shape[0], right.shape[1], dtype=self.dtype, device=left.device)
@@ -170,7 +189,10 @@ class Group:
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
         if kept.xa is not None and kept.b is not None:
-            out.addmm_(kept.xa, kept.b.t(), beta=1 if start else 0, alpha=factor)
+            for rows, columns in self._tiles(x):
+                out[:, rows].addmm_(
+                    kept.xa[:, columns], kept.b[rows, columns].t(), beta=1 if start else 0, alpha=factor
+                )
             start = True
         for weight, rows in self._weights():
             out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
@@ -207,7 +229,7 @@ class Group:
         self, g: torch.Tensor, kept: Kept, needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features]."""
-        gb = None if kept.b is None else self._scaled(g, kept.b)
+        gb = None if kept.b is None else self._scaled_gb(g, kept.b)
         if not needs_dx:
             return None, gb
         dx = None if gb is None else self._adapter_dx(gb, kept)

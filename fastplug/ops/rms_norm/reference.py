@@ -55,7 +55,7 @@ def forward(
     if cast_first:
         y = y.to(x.dtype).to(wide)
     if weight is not None:
-        y = y * (weight.to(wide) + offset)
+        y = y.mul_(weight.to(wide) + offset)
     if out is not None:
         return out.copy_(y), h, rstd
     return y.to(out_dtype or x.dtype), h, rstd
@@ -93,8 +93,8 @@ def backward(
     normed = h.to(wide) * rstd[:, None]
     g = dy.to(wide)
     scaled = g if weight is None else g * (weight.to(wide) + offset)
-    dx = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    dx = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)).mul_(rstd[:, None])
     if dh is not None:
-        dx = dx + dh.to(wide)
+        dx = dx.add_(dh)
     dweight = (g * normed).sum(0).to(weight.dtype) if weight_grad and weight is not None else None
     return dx.to(h.dtype), dweight
