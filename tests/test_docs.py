@@ -333,6 +333,16 @@ def test_the_options_table_is_complete() -> None:
     ]
 
 
+def test_the_families_in_the_readme_are_all() -> None:
+    from fastplug.families import fastplug_families
+
+    listed = README.read_text(encoding="utf-8").partition("<!-- families -->")[2].partition("<!-- /families -->")[0]
+    letters = re.sub(r"[^a-z]", "", listed.lower())
+    for family in fastplug_families():
+        stem = re.sub(r"_.*|[0-9].*", "", family.name)
+        assert stem in letters, family.name
+
+
 def test_the_hooks_table_is_complete() -> None:
     from fastplug import hookspecs
 
