@@ -50,10 +50,14 @@ def doctor(
     dtype: Dtype = "auto",
     device: Device = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    families: Annotated[bool, typer.Option("--families", help="Print what is fused per model family instead.")] = False,
 ) -> None:
     """Show the device, the versions, the plugins, and what each part of MODEL would get, or why not."""
-    from fastplug.cli.doctor import diagnose, render, render_json
+    from fastplug.cli.doctor import diagnose, render, render_families, render_json
 
+    if families:
+        render_families(options, json)
+        return
     found = diagnose(options, model, device=device, dtype=dtype, quant=quant, adapter=adapter, rank=rank)
     (render_json if json else render)(found)
     if options.strict and found.report is not None:

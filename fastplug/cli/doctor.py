@@ -117,6 +117,25 @@ def render_json(found: Diagnosis) -> None:
     print(json.dumps(values, indent=1))
 
 
+def render_families(options: Options, as_json: bool = False) -> None:
+    """What is fused per family, plugins' rows among them."""
+    from fastplug.families.table import HEADINGS, lines
+
+    found = lines(manager(options.plugins).collect("fastplug_families"))
+    if as_json:
+        print(json.dumps([asdict(line) for line in found], indent=1))
+        return
+    table = Table(title="What is fused, by family", title_justify="left", title_style="bold")
+    shown = [i for i, heading in enumerate(HEADINGS) if heading != "models"]  # too long for a terminal
+    for i in shown:
+        table.add_column(HEADINGS[i], no_wrap=i == 0)
+    for line in found:
+        values = list(asdict(line).values())
+        table.add_row(*(escape(values[i]) for i in shown))
+    Console().print(table)
+    print("Models of other families are patched by structure: norms, MLPs, head and loss, each checked at the start.")
+
+
 def _sites(report: Report) -> Table:
     table = Table(title=f"{report.model} on {report.device}", title_justify="left", title_style="bold")
     for heading in ("role", "status", "implementation", "reason"):

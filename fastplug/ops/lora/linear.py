@@ -27,7 +27,7 @@ class LoRALinear(torch.autograd.Function):
         ctx.group = group
         return torch.ops.aten._unsafe_view(
             out, (*x.shape[:-1], group.out_features)
-        )  # no view: the caller may add in place
+        )  # no view: callers add in place
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
