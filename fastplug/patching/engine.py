@@ -177,7 +177,9 @@ def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
     reason = replaced_forward(site.module)
     bound: Binding | None = site.module.__dict__.get(KEY)
     if reason is None and bound is not None and bound.implementation == candidate.name:
-        return Choice(candidate, PATCHED)  # its weights may be sharded by now, until they are gathered at the call
+        reason = _taken_part(site)
+        if reason is None:  # its weights may be sharded by now, until they are gathered at the call
+            return Choice(candidate, PATCHED)
     if reason is None:
         reason = candidate.refuse(site, runtime)
         if reason is not None and reason.endswith(SHARDED) and getattr(site.module, "_is_fsdp_managed_module", False):
@@ -186,6 +188,16 @@ def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
         return Choice(candidate, REFUSED, reason)
     reason = candidate.left_alone(site, runtime)
     return Choice(candidate, PATCHED) if reason is None else Choice(candidate, LEFT, reason)
+
+
+def _taken_part(site: Site) -> str | None:
+    """Why a layer that is patched already cannot stay so: somebody replaced a part's forward, which it would skip."""
+    if site.role == "decoder_layer":
+        for name, part in site.module.named_children():
+            reason = replaced_forward(part)
+            if reason is not None:
+                return f"{name}: {reason}"
+    return None
 
 
 def _decision(site: Site, choice: Choice) -> Decision:
