@@ -383,6 +383,39 @@ def test_sites_that_liger_takes_over_are_let_go(tmp_path: Path, caplog: pytest.L
     assert tiny.losses(made) == pytest.approx(tiny.losses(plain), rel=1e-5)
 
 
+LIGER = """
+import types
+def swiglu(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+def _apply_liger_kernel_to_instance(model, **kwargs):
+    for layer in model.model.layers:
+        layer.mlp.forward = types.MethodType(swiglu, layer.mlp)
+"""
+
+
+def test_use_liger_kernel_keeps_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Liger replaces forwards on instances, as this stand-in for it does."""
+    fake = types.ModuleType("liger_kernel.transformers")
+    exec(LIGER, fake.__dict__)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    plain = tiny.trainer(adapted("llama"), tmp_path, use_liger_kernel=True)
+    plain.train()
+    with caplog.at_level(logging.INFO, "fastplug"):
+        made = tiny.trainer(adapted("llama"), tmp_path, FastPlugCallback(), use_liger_kernel=True)
+        made.train()
+    assert "refused 2 x mlp: its forward was replaced on the instance by liger_kernel.transformers" in caplog.text
+    report = fastplug.report(made.model)
+    assert {d.role for d in report.patched} >= {"attention", "lm_head_loss"}
+    assert not report.fallbacks
+    assert tiny.losses(made) == pytest.approx(tiny.losses(plain), rel=1e-5)
+    with pytest.raises(StrictError, match=r"liger_kernel\.transformers"):
+        tiny.trainer(adapted("llama"), tmp_path, FastPlugCallback(strict=True), use_liger_kernel=True).train()
+
+
 def test_a_hook_does_not_hide_a_replaced_forward() -> None:
     model = full("llama")
     mlp = model.model.layers[0].mlp
