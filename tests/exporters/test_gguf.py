@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("peft")
+pytest.importorskip("gguf")
+
+import gguf
+import peft
 
 import fastplug
 from fastplug.errors import OptionError
@@ -30,6 +33,7 @@ try:
     HAS_CONVERTER = True
 except MissingConverter:
     HAS_CONVERTER = False
+ROOT = Path(__file__).parents[2]
 HAS_LIBLLAMA = bool(libllama.candidates())
 
 pytestmark = pytest.mark.skipif(
@@ -152,7 +156,7 @@ def test_from_folders_and_the_command_line(tmp_path: Path, live: Any, tokens: An
         sys.executable, "-m", "fastplug", "export", str(base), "--adapter", str(tmp_path / "adapter"), "--out",
         str(tmp_path / "out"), "--format", "gguf:q8_0", "--option", "pre_tokenizer=gpt-2", "--option", "threads=1",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "base-Q8_0.gguf in libllama against live LlamaForCausalLM" in done.stdout
     assert (tmp_path / "out/base-Q8_0.gguf").is_file()
@@ -298,6 +302,41 @@ def test_kill_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     assert not (tmp_path / "out").exists()
+
+
+MEMORY = """
+import sys, torch
+import fastplug
+from tests.exporters.models import adapted
+from tests.exporters.texts import model, tokenizer
+
+def resident(key):
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith(key))
+
+torch.set_num_threads(1)
+tokens = tokenizer()
+options = {"format": "gguf", "types": "f16", "tokenizer": tokens, "pre_tokenizer": "gpt-2", "verify": False}
+fastplug.export(adapted(model(len(tokens))), sys.argv[1] + "/first", **options)  # loads what is loaded once
+made = adapted(model(20_000, hidden=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12))
+before = resident("VmRSS:")
+open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark
+fastplug.export(made, sys.argv[1] + "/second", **options)
+layer = sum(p.numel() * 2 for name, p in made.named_parameters() if "layers.0." in name and "lora" not in name)
+print(resident("VmHWM:") - before, layer, sum(p.numel() * 2 for p in made.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's high-water mark of memory")
+def test_peak_memory_is_that_of_two_layers(tmp_path: Path) -> None:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    process: Any = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    peak, layer, whole = map(int, process.stdout.split()[-3:])
+    largest = 20_000 * 768 * 2
+    assert whole > 10 * layer
+    assert peak < 2 * layer + largest
 
 
 def test_the_converter_leaves_the_modules_of_others_alone(several: Any) -> None:

@@ -287,7 +287,7 @@ def _index_tensors(
 
 def _read(tensor: LazyTensor, ftype: int) -> Tensor:
     values = tensor.read().detach().to("cpu")
-    if ftype == _F16 and values.numel() and float(values.abs().max()) > torch.finfo(torch.float16).max:
+    if ftype == _F16 and values.numel() and max(map(abs, map(float, values.aminmax()))) > 65504:
         raise ExportError(
             f"fastplug: {tensor.name} has values that are too large for F16, which other types are made from too; add "
             '"bf16" to types='
