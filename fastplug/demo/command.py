@@ -35,6 +35,10 @@ def demo(
         str | None, typer.Option(help="cuda, cuda:1 or cpu. Default: the GPU where there is one.")
     ] = None,
     question: Annotated[str | None, typer.Option(help="What to ask the model before and after.")] = None,
+    export: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="Export it too; with gguf:q4_k_m the file then answers in libllama."),
+    ] = None,
 ) -> None:
     """Fine-tune a small chat model (QLoRA) with and without fastplug, and compare speed, memory, loss and result."""
     from rich.console import Console
@@ -44,7 +48,7 @@ def demo(
     console = Console()
     settings = DemoConfig(
         model=model, data=data, out=out, steps=steps, batch=batch, max_length=max_length, seed=seed, device=device,
-        question=question,
+        question=question, export=export,
     )  # fmt: skip
     result = run(settings, console)
     show(result, console)
@@ -95,16 +99,22 @@ def show(result: DemoResult, console: Console) -> None:
     answers.add_column(overflow="fold")
     for label, text in zip(("question", "before", "after"), vars(result.answer).values()):
         answers.add_row(label, _plain(text))
+    if result.exported is not None and result.exported.answer is not None:
+        answers.add_row(f"after, as {result.exported.path.name} in libllama", _plain(result.exported.answer))
     console.print(answers)
 
     files = Table(show_header=False, title=f"Written in {result.seconds:.0f} s")
     files.add_column(style="bold")
     files.add_column(overflow="fold")
     written = {"plot": result.plot, "adapter": result.adapter, "merged model": result.merged, "base": result.base}
+    if result.exported is not None:
+        written[f"export ({result.exported.format})"] = result.exported.path
     for label, path in written.items():
         if path is not None:
             files.add_row(label, _plain(str(path)))
     console.print(files)
+    for note in result.exported.notes if result.exported is not None else ():
+        console.print(_plain(note), highlight=False)
 
 
 def _memory(theirs: RunResult, ours: RunResult) -> tuple[str, str, str, str]:

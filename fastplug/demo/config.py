@@ -34,6 +34,7 @@ class DemoConfig:
         rank: LoRA's rank; alpha is twice that, dropout is 0.
         learning_rate: Peak, after a warm-up over a tenth of the steps and before a linear decay.
         new_tokens: Longest answer in tokens.
+        export: A format of ``fastplug.export`` to write at the end, e.g. ``"gguf:q4_k_m"``, whose file then answers.
     """
 
     model: str | None = None
@@ -48,6 +49,7 @@ class DemoConfig:
     rank: int = 16
     learning_rate: float = 1e-3
     new_tokens: int = 40
+    export: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "max_length", "rank", "new_tokens"):
@@ -123,6 +125,16 @@ class LogitCheck:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """What ``--export`` wrote: the format, the file or folder, the export's notes, and a GGUF's answer in libllama."""
+
+    format: str
+    path: Path
+    notes: tuple[str, ...]
+    answer: str | None
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """All that the demo measured and wrote.
 
@@ -137,6 +149,7 @@ class DemoResult:
         plot, adapter, merged, base: What was written; ``base`` is None where ``--model`` named it.
         report: fastplug's summary of what it patched.
         caution: Why the two speeds should not be compared, or None.
+        exported: What ``--export`` wrote, or None.
     """
 
     baseline: RunResult
@@ -153,6 +166,7 @@ class DemoResult:
     base: Path | None
     report: str
     caution: str | None = None
+    exported: Exported | None = None
 
     @property
     def same_batches(self) -> bool:

@@ -51,12 +51,14 @@ def run(config: DemoConfig, console: Console | None = None) -> DemoResult:
 
 def _run(config: DemoConfig, console: Console, began: float) -> DemoResult:
     import fastplug
-    from fastplug.demo import busy, checks, data, plot
+    from fastplug.demo import busy, checks, data, exporting, plot
     from fastplug.demo import model as models
     from fastplug.demo.training import adapter_state, restore_adapter, train
     from fastplug_hf import FastPlugCallback
 
     device = models.pick_device(config.device)
+    if config.export is not None:
+        exporting.check_format(config.export)
     out = Path(os.path.abspath(os.path.expanduser(os.fspath(config.out))))
     rows = data.corpus() if config.data is None else data.read_rows(config.data)
 
@@ -100,6 +102,12 @@ def _run(config: DemoConfig, console: Console, began: float) -> DemoResult:
         status.update("comparing the merged model with the adapter")
         reloaded = _reload(merged, device)
         logits = checks.compare_logits(model, reloaded, examples, tokenizer.pad_token_id)
+        exported = None
+        if config.export is not None:
+            status.update(f"exporting as {config.export}")
+            exported = exporting.export_and_ask(
+                model, tokenizer, out / "export", config.export, prompt, config.new_tokens
+            )
         status.update("asking the model again")
         after = checks.generate(model, tokenizer, prompt, config.new_tokens)
         caution = busy.caution(run.others for run in runs) if device.type == "cpu" else None
@@ -120,6 +128,7 @@ def _run(config: DemoConfig, console: Console, began: float) -> DemoResult:
         base=base,
         report=report,
         caution=caution,
+        exported=exported,
     )
 
 

@@ -345,6 +345,21 @@ def test_the_converter_leaves_the_modules_of_others_alone(several: Any) -> None:
     assert not any("gguf-py" in place for place in sys.path)
 
 
+def test_the_demo_ends_with_an_answer_of_the_file(tmp_path: Path, live: Any, tokens: Any, monkeypatch: Any) -> None:
+    from fastplug.demo.exporting import check_format, export_and_ask
+
+    check_format("gguf:q4_k_m")
+    for wrong, reason in (("gguf:q4", "no GGUF type"), ("guff", "did you mean 'gguf'")):
+        with pytest.raises(OptionError, match=reason):
+            check_format(wrong)
+    real = fastplug.export
+    monkeypatch.setattr(fastplug, "export", lambda *a, **k: real(*a, **k, **BPE), raising=False)
+    done = export_and_ask(live, tokens, tmp_path / "export", "gguf:q4_k_m", "What is the capital of France?", 5)
+    assert done.path.is_file()
+    assert isinstance(done.answer, str)
+    assert any("in libllama against live" in note for note in done.notes)
+
+
 def test_names_of_types() -> None:
     assert [row.name for row in types.parse_types("Q8_0, q4-k-m,q8_0")] == ["Q8_0", "Q4_K_M"]
     with pytest.raises(OptionError, match="names no GGUF type"):
