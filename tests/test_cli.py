@@ -7,7 +7,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,14 @@ def test_help_lists_the_commands_and_loads_nothing() -> None:
 
 
 def test_help_is_fast() -> None:
-    times = []
+    """In processor time, which does not count the waiting for other programs."""
+    used = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "fastplug", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - began)
-    assert statistics.median(times) < 1.0
+        after = os.times()
+        used.append(after.children_user - before.children_user + after.children_system - before.children_system)
+    assert statistics.median(used) < 1.0
 
 
 @pytest.mark.parametrize("command", ["doctor", "verify"])
