@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import fastplug
 from fastplug.errors import FastPlugError, StrictError
 from fastplug.options import ROLES
 from fastplug_axolotl import FastPlugPlugin
-from fastplug_axolotl.roles import LORA_KERNELS
+from fastplug_axolotl.roles import LORA_KERNELS, OWNERS
 from tests import models
 from tests.hf import tiny
 
@@ -195,3 +196,20 @@ def test_hooks_that_this_axolotl_calls() -> None:
     from fastplug_axolotl.plugin import HOOKS
 
     assert all(hook in vars(FastPlugPlugin) for hook in HOOKS)
+
+
+def test_every_switch_of_this_axolotl_has_a_role() -> None:
+    """A new kernel of Axolotl's that fastplug does not know would find its sites taken, without a line in the log."""
+    schema = pytest.importorskip("axolotl.utils.schemas.config")
+    from axolotl.integrations.cut_cross_entropy.args import CutCrossEntropyArgs
+    from axolotl.integrations.liger.args import LigerArgs
+
+    pattern = re.compile("_kernel$|cross_entropy|^liger_|^fused|fuse_|rms_norm|^tiled_mlp$")
+    kinds = (schema.AxolotlInputConfig, CutCrossEntropyArgs, LigerArgs)
+    switches = {name for kind in kinds for name in kind.model_fields if pattern.search(name)}
+    elsewhere = {  # settings of another switch, and kernels in places that fastplug does not touch
+        "chunked_cross_entropy_num_chunks", "liger_use_token_scaling", "liger_kernel_impl", "liger_layer_norm",
+        "liger_rms_norm_gated", "dpo_use_liger_kernel", "lora_embedding_kernel",
+    }  # fmt: skip
+    assert len(switches) > 10
+    assert switches - elsewhere <= set(OWNERS)
