@@ -30,9 +30,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model.save_pretrained(root / "model")
     model.config.save_pretrained(root / "config")
     models.lora(model).save_pretrained(root / "adapter")
-    small = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=32)
-    transformers.GPT2LMHeadModel(small).save_pretrained(root / "gpt2")
-    return {name: root / name for name in ("model", "config", "adapter", "gpt2")}
+    small = transformers.OPTConfig(
+        num_hidden_layers=1, num_attention_heads=2, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, vocab_size=32,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(small).save_pretrained(root / "opt")
+    return {name: root / name for name in ("model", "config", "adapter", "opt")}
 
 
 def run(*arguments: object) -> Result:
@@ -120,9 +123,9 @@ def test_doctor_with_an_adapter_and_options(folders: dict[str, Path]) -> None:
 
 
 def test_doctor_on_a_model_of_an_unknown_family(folders: dict[str, Path]) -> None:
-    result = run("doctor", folders["gpt2"])
+    result = run("doctor", folders["opt"])
     assert result.exit_code == 0
-    found = report(folders["gpt2"])
+    found = report(folders["opt"])
     assert {(d["role"], d["family"], d["status"]) for d in found["decisions"]} == {
         ("lm_head_loss", "by structure, checked", "patched")
     }
