@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ pytest.importorskip("peft")
 import peft
 import transformers
 
+import fastplug
 from fastplug.errors import ModelError, OptionError
 from fastplug.exporters import BUILTIN, ExportError
 from fastplug.exporters.folder import verify_manifest
@@ -330,7 +333,9 @@ def test_from_folders(tmp_path: Path) -> None:
     assert (tmp_path / "live/generation_config.json").is_file()
 
     llama(hidden_size=32).save_pretrained(tmp_path / "smaller")
-    llama(num_hidden_layers=1).save_pretrained(tmp_path / "shorter")
+    shutil.copytree(tmp_path / "base", tmp_path / "shorter")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "shorter/config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     for wrong in ("smaller", "shorter"):
         with pytest.raises(ExportError, match="does not fit the base"):
             merged_16bit(tmp_path / wrong, tmp_path / "wrong", adapter=tmp_path / "adapter")
@@ -442,3 +447,155 @@ def test_tokenizer(tmp_path: Path) -> None:
 def test_builtin_exporters() -> None:
     assert {exporter.format for exporter in BUILTIN} >= {"merged_16bit", "merged_32bit", "lora"}
     assert all(exporter.description and callable(exporter.export) for exporter in BUILTIN)
+
+
+def test_fp32_is_not_rounded(tmp_path: Path) -> None:
+    model = adapted(llama())
+    result = fastplug.export(model, tmp_path / "out", "merged_32bit")
+    found = read(tmp_path / "out")
+    lora = model.get_base_model().model.layers[1].mlp.up_proj
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], formula(lora.base_layer.weight, lora))
+    assert torch.equal(found["lm_head.weight"], model.get_base_model().lm_head.weight.detach().float())
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert result.proof is not None
+    assert result.proof.kl < 1e-9
+
+
+def test_onto_the_original_base(tmp_path: Path) -> None:
+    model = adapted(quantized(tmp_path / "base")).train()
+    decoded = merged_16bit(model, tmp_path / "decoded")
+    original = merged_16bit(model, tmp_path / "original", base=tmp_path / "base")
+    lora = model.get_base_model().model.layers[0].self_attn.v_proj
+    stored = read(tmp_path / "base")["model.layers.0.self_attn.v_proj.weight"]
+    assert torch.equal(
+        read(tmp_path / "original")["model.layers.0.self_attn.v_proj.weight"], formula(stored, lora).bfloat16()
+    )
+    assert any("14 weights from" in note and "differ by 9." in note for note in original.notes)
+    assert decoded.proof is not None
+    assert original.proof is not None
+    assert decoded.proof.kl < original.proof.kl < 1e-2  # each printed
+    assert json.loads((tmp_path / "original/fastplug.json").read_text())["merged_onto"] == "original base"
+
+    llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "stranger")
+    shutil.copytree(tmp_path / "base", tmp_path / "shorter")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "shorter/config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    llama(intermediate_size=96).save_pretrained(tmp_path / "narrower")
+    for name, reason in (("stranger", r"differs by 1\d\d% from"), ("shorter", "is missing"), ("narrower", "has shape")):
+        with pytest.raises(ExportError, match=rf"not the base that was quantized: .* {reason}"):
+            merged_16bit(model, tmp_path / "out", base=tmp_path / name)
+    assert not (tmp_path / "out").exists()
+    plain = merged_16bit(adapted(llama()), tmp_path / "plain", base=tmp_path / "base")
+    assert any("nothing was taken from" in note for note in plain.notes)
+
+
+def test_a_folder_loaded_as_the_training_did(tmp_path: Path) -> None:
+    model = adapted(quantized(tmp_path / "base")).train()
+    model.save_pretrained(tmp_path / "adapter")
+    merged_16bit(model, tmp_path / "live")
+    merged_16bit(tmp_path / "base", tmp_path / "folder", adapter=tmp_path / "adapter", quant="nf4")
+    live, found = read(tmp_path / "live"), read(tmp_path / "folder")
+    assert all(torch.equal(found[name], live[name]) for name in live)
+    with pytest.raises(OptionError, match="one of nf4, fp4, int8"):
+        merged_16bit(tmp_path / "base", tmp_path / "out", quant="nf5")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="a live model is as it is"):
+        merged_16bit(model, tmp_path / "out", quant="nf4")
+
+
+@pytest.mark.parametrize("block", [(64, 32), (48, 48), None])
+def test_fp8_base(tmp_path: Path, block: tuple[int, int] | None) -> None:
+    """FP8 weights with a scale per block (also where blocks do not divide the weight) or tensor, as transformers holds
+    them; merged, and proven against the live model with its weights decoded."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    if "block_size" not in inspect.signature(fp8.FP8Linear.__init__).parameters:
+        pytest.skip("this transformers has another FP8Linear")
+    model = llama()
+    exact = {}
+    for name, parent in [
+        (n, m) for n, m in model.named_modules() if type(m).__name__ in ("LlamaMLP", "LlamaAttention")
+    ]:
+        for key, linear in list(parent.named_children()):
+            if type(linear) is not torch.nn.Linear:
+                continue
+            layer = fp8.FP8Linear(linear.in_features, linear.out_features, block_size=block)
+            high, wide = block or linear.weight.shape
+            scale = torch.rand(-(-linear.out_features // high), -(-linear.in_features // wide)) * 1e-3 + 1e-4
+            codes = (torch.randn(linear.weight.shape) * 40).to(torch.float8_e4m3fn)
+            layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+            layer.weight_scale_inv = torch.nn.Parameter(scale if block else scale.reshape(()), requires_grad=False)
+            setattr(parent, key, layer)
+            wide_scale = scale.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+            exact[f"{name}.{key}.weight"] = codes.float() * wide_scale[: codes.shape[0], : codes.shape[1]]
+    model = adapted(model, target_modules=["q_proj", "down_proj"])
+    result = merged_16bit(model, tmp_path / "out", dtype="bfloat16")
+    found = read(tmp_path / "out")
+    assert not any("scale" in name for name in found)
+    lora = model.get_base_model().model.layers[1].mlp.down_proj
+    assert torch.equal(
+        found["model.layers.1.mlp.down_proj.weight"],
+        formula(exact["model.layers.1.mlp.down_proj.weight"], lora).bfloat16(),
+    )
+    assert torch.equal(
+        found["model.layers.0.self_attn.k_proj.weight"], exact["model.layers.0.self_attn.k_proj.weight"].bfloat16()
+    )
+    assert result.proof is not None
+    assert model.get_base_model().model.layers[0].self_attn.k_proj.weight.dtype == torch.float8_e4m3fn
+
+
+def test_damaged_and_hostile_folders(tmp_path: Path) -> None:
+    base = llama()
+    for name in ("whole", "outside", "lost", "cut", "missing", "pickle"):
+        base.save_pretrained(tmp_path / name, max_shard_size="60KB")
+    index = tmp_path / "outside/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    for place in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+        content["weight_map"]["lm_head.weight"] = place
+        index.write_text(json.dumps(content))
+        with pytest.raises(ExportError, match="which lies outside of the folder"):
+            merged_16bit(tmp_path / "outside", tmp_path / "out")
+    shard = sorted((tmp_path / "lost").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ExportError, match=f"has no {shard.name}, which its index names"):
+        merged_16bit(tmp_path / "lost", tmp_path / "out")
+    shard = sorted((tmp_path / "cut").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        merged_16bit(tmp_path / "cut", tmp_path / "out")
+    config = json.loads((tmp_path / "missing/config.json").read_text())
+    (tmp_path / "missing/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ExportError, match=r"missing keys, the first is model\.layers\.2"):
+        merged_16bit(tmp_path / "missing", tmp_path / "out")
+    for file in (tmp_path / "pickle").glob("model*"):
+        file.unlink()
+    torch.save(base.state_dict(), tmp_path / "pickle/pytorch_model.bin")
+    with pytest.raises((ExportError, OSError)):
+        merged_16bit(tmp_path / "pickle", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_noted(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "first")
+    llama().save_pretrained(tmp_path / "second")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first", **{DTYPE: "auto"})
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    result = merged_16bit(tmp_path / "second", tmp_path / "out", adapter=tmp_path / "adapter")
+    assert any("was trained on" in note and "make sure they are the same" in note for note in result.notes)
+
+
+def test_added_tokens_and_a_resized_vocabulary(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", pad_token="w0")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    model = llama(tied=True, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    model = adapted(model, target_modules=["q_proj"], trainable_token_indices=[VOCABULARY, VOCABULARY + 1])
+    result = merged_16bit(model, tmp_path / "out", tokenizer=tokenizer)
+    assert result.proof is not None
+    assert "built-in" in result.proof.sample
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded("w3 <think> w4")["input_ids"] == [3, VOCABULARY, 4]
+    assert read(tmp_path / "out")["model.embed_tokens.weight"].shape[0] == VOCABULARY + 2
+    assert reload(tmp_path / "out").config.vocab_size == VOCABULARY + 2

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kv_cache", [True, False])
 def test_decoder_in_onnxruntime(tmp_path: Path, kv_cache: bool) -> None:
-    """With free batch, sequence and past; the merged weights; generation step by step gives what the live model does."""
+    """Batch, sequence and past are free; generation step by step gives the tokens of the live model."""
     import numpy as np
     import onnx
     import onnxruntime

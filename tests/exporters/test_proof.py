@@ -218,7 +218,7 @@ def test_results_and_provenance(model: Any, tmp_path: Path) -> None:
     assert "random tokens" in result.proof.sample
     stored = json.loads((tmp_path / "out/fastplug.json").read_text())
     assert stored["proof"]["kl"] == result.proof.kl
-    assert stored["proof"]["bound"]["kl"] == 1e-4
+    assert stored["proof"]["bound"]["kl"] == 5e-4
     assert verify_manifest(tmp_path / "out") == ()
 
 

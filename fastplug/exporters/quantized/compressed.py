@@ -20,8 +20,6 @@ from fastplug.exporters.assembly import Encoded
 from fastplug.exporters.quantized.grouped import Spec, left_plain, linear_layers, plain, split
 from fastplug.exporters.tensors import LazyTensor
 
-_ROWS = 1024  # of a weight at a time while scales are tried
-_RATIOS = tuple(1.0 - step / 20 for step in range(7))
 _GROUPS = (128, 64, 32)  # the sizes that vLLM's kernels have
 
 
@@ -134,22 +132,7 @@ def _scales(values: Tensor, scheme: Any, columns: int, dtype: torch.dtype) -> Te
     parts = values.unflatten(1, (columns, -1))
     scales: Tensor
     scales, _ = calculate_qparams(parts.amin(-1), parts.amax(-1), scheme.weights)
-    if scheme.weights.num_bits > 4:
-        return scales.to(dtype)
-    return torch.cat([_nearest(part, scale, dtype) for part, scale in zip(parts.split(_ROWS), scales.split(_ROWS))])
-
-
-def _nearest(parts: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of scales up to 30% smaller the ones with the least squared error: with 15 steps, cutting the largest values off
-    may cost less than the coarser steps that they ask for. ``parts`` [rows, groups, size], ``scales`` [rows, groups]."""
-    best, least = scales.to(dtype), torch.full_like(scales, torch.inf)
-    for ratio in _RATIOS:
-        tried = (scales * ratio).to(dtype)
-        step = tried.float()[..., None]
-        error = (parts / step).round_().clamp_(-8, 7).mul_(step).sub_(parts).square_().sum(-1)
-        better = error < least
-        best, least = torch.where(better, tried, best), torch.where(better, error, least)
-    return best
+    return scales.to(dtype)
 
 
 def _specs(
