@@ -192,6 +192,29 @@ def test_lora_file_refuses_what_it_cannot_hold(tmp_path: Path, tokens: Any, opti
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_experts_and_a_setting_that_llama_cpp_does_not_have(tmp_path: Path, tokens: Any, normalized: bool) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": len(tokens), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64, "initializer_range": 0.05, "tie_word_embeddings": True,
+    }  # fmt: skip
+    made = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape, norm_topk_prob=normalized))
+    if normalized:
+        result = write(adapted(made), tmp_path / "out", types="f32", tokenizer=tokens)
+        assert result.proof.kl < 1e-4
+        kinds = {tensor.name: list(tensor.shape) for tensor in read(next(result.path.glob("*.gguf"))).tensors}
+        assert kinds["blk.0.ffn_down_exps.weight"] == [64, 128, 4]
+        assert "output.weight" not in kinds
+    else:  # libllama always normalizes the weights of the chosen experts
+        with pytest.raises(ProofError, match="is not the live model: KL"):
+            write(adapted(made), tmp_path / "out", types="f32", tokenizer=tokens)
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_weight_fails_the_proof(tmp_path: Path, live: Any, tokens: Any, monkeypatch: Any) -> None:
     real = export.merged_tensors
     monkeypatch.setattr(export, "merged_tensors", lambda base, names, *rest, **more: real(base, (), *rest, **more))
