@@ -87,13 +87,23 @@ class FastPlugPlugin(BasePlugin):
         """
         if not self._active:
             return
+        from fastplug_axolotl.ranks import is_true_on_any
+
+        if is_true_on_any(any(parameter.is_meta for parameter in trainer.model.parameters())):
+            from fastplug_axolotl.late import LateCheck  # FSDP loads the weights on the first rank and spreads them
+
+            trainer.add_callback(LateCheck(lambda model: self._check(cfg, trainer, model)))
+        else:
+            self._check(cfg, trainer, trainer.model)
+
+    def _check(self, cfg: Any, trainer: Any, model: Any) -> None:
         import fastplug
         from fastplug.errors import ModelError, StrictError
         from fastplug_axolotl.ranks import require_same_decisions
 
         reasons, decisions = ["Axolotl's trainer took no callback of a plugin"], []
         try:
-            report = fastplug.report(trainer.model)
+            report = fastplug.report(model)
             decisions = report.decisions
             reasons = report.notes + sorted({f"{d.role}: {d.reason}" for d in decisions if d.reason})
         except ModelError as error:

@@ -144,6 +144,23 @@ def test_a_trainer_that_takes_no_callback(plugins: Any, said: pytest.LogCaptureF
             assert "NOTHING IS PATCHED" in said.text
 
 
+def test_weights_that_come_later_are_checked_later(
+    plugins: Any, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With FSDP's cpu_ram_efficient_loading, only the first rank has weights when the trainer is made."""
+    cfg, (plugin,) = plugins(fastplug={"strict": True})
+    model = models.lora(models.plain())
+    trainer = tiny.trainer(model, tmp_path, *plugin.add_callbacks_pre_trainer(cfg, model))
+    monkeypatch.setattr("fastplug_axolotl.ranks.is_true_on_any", lambda flag: True)
+    monkeypatch.setattr("fastplug_axolotl.ranks.require_same_decisions", lambda decisions: seen.append(decisions))
+    seen: list[Any] = []
+    plugin.post_trainer_create(cfg, trainer)
+    assert not seen
+    trainer.train()
+    assert seen == [fastplug.report(model).decisions]
+    assert "NOTHING IS PATCHED" not in said.text
+
+
 def test_both_names(plugins: Any, said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     cfg, both = plugins(plugins=[SHORT, LONG])
     assert "`plugins:` lists it twice, as fastplug and fastplug_axolotl.FastPlugPlugin; remove one" in said.text

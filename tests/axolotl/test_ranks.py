@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fastplug.errors import FastPlugError
 from fastplug.patching.report import Decision
-from fastplug_axolotl.ranks import require_same_decisions
+from fastplug_axolotl.ranks import is_true_on_any, require_same_decisions
 
 PATCHED = Decision("mlp", "layers.0.mlp", "LlamaMLP", "llama", "patched", "fused gated MLP")
 REFUSED = Decision("mlp", "layers.0.mlp", "LlamaMLP", "llama", "refused", reason="no kernel for cuda:1")
@@ -21,7 +21,7 @@ ELSEWHERE = Decision("mlp", "layers.0.mlp", "LlamaMLP", "llama", "refused", reas
 
 def rank(number: int, store: str, cases: list[list[list[Decision]]], results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
-    said = []
+    said = [str(is_true_on_any(number == 1)), str(is_true_on_any(False))]
     for case in cases:
         try:
             require_same_decisions(case[number])
@@ -45,13 +45,15 @@ def test_two_ranks(tmp_path: Path) -> None:
         worker.join(timeout=60)
         assert worker.exitcode == 0
     assert first == second
-    assert first[:2] == ["", ""]
-    assert first[2] == (
+    assert first[:4] == ["True", "False", "", ""]
+    assert first[4] == (
         "fastplug: rank 1 decided layers.0.mlp: refused (no kernel for cuda:1), but rank 0 layers.0.mlp: patched "
         "(fused gated MLP); use the same packages and the same kind of device on all ranks"
     )
-    assert "rank 1 decided nothing on this site" in first[3]
+    assert "rank 1 decided nothing on this site" in first[5]
 
 
 def test_one_process_compares_nothing() -> None:
     require_same_decisions([PATCHED])
+    assert is_true_on_any(True)
+    assert not is_true_on_any(False)
