@@ -109,12 +109,22 @@ def export(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the format. Repeatable.")
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The original 16-bit base, to merge onto instead of MODEL's own.")
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="nf4, fp4 or int8: load MODEL as the training did, to merge onto the decoded weights."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not reload what was written and compare it with the live model.")
+    ] = False,
 ) -> None:
-    """Write MODEL, or MODEL with an adapter, in one of the export formats."""
+    """Write MODEL, or MODEL with an adapter, in one of the export formats, and prove what was written."""
     from fastplug.cli.exporting import run
 
-    run(model, out, adapter, format, option or [], overwrite)
+    run(model, out, adapter, format, option or [], overwrite, base=base, quant=quant, verify=not no_verify)
 
 
 @app.command(

@@ -86,7 +86,7 @@ def test_push_an_adapter_of_a_patched_model(model: Any, hub: FakeHub) -> None:
 
 def test_what_goes_wrong(model: Any, hub: FakeHub, tmp_path: Path) -> None:
     hub.refuse = 403
-    with pytest.raises(ExportError, match="the hub did not take me/tuned: .*; folder=DIR keeps what was written"):
+    with pytest.raises(ExportError, match=r"the hub did not take me/tuned: .*; folder=DIR keeps what was written"):
         push(model, hub, weights="lora")
     with pytest.raises(ExportError, match="the folder is kept as"):
         push(model, hub, weights="lora", folder=tmp_path / "kept")
