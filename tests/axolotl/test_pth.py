@@ -19,8 +19,8 @@ PTH = "fastplug_axolotl.pth"
 OFF = {"FASTPLUG_AXOLOTL_PTH": "0"}
 
 pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("hatchling", "pip"))),
-    reason="builds and installs fastplug: needs pip and hatchling",
+    not all(map(importlib.util.find_spec, ("hatchling", "editables", "pip"))),
+    reason="builds and installs fastplug: needs pip, hatchling and editables",
 )
 
 # As much of axolotl.integrations.base as matters here: the name is split at its last dot, ImportErrors are swallowed.
