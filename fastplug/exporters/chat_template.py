@@ -131,7 +131,9 @@ def _close(end: str, between: str, eos: str) -> str:
     Where that ends within a word, the rest opens the next turn, and the whole is still the same text.
     """
     shorter = end.removesuffix(eos)
-    return shorter if between.startswith(shorter) and not between.startswith(end) else commonprefix([end, between])
+    if between.startswith(shorter) and not between.startswith(end):
+        return shorter
+    return commonprefix([end, between])  # noqa: RUF071 (characters are what it is for here)
 
 
 def _tried(parts: Callable[..., list[str] | None], *roles: str) -> list[str] | None:

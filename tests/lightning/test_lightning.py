@@ -408,7 +408,9 @@ def test_two_in_one_trainer(tmp_path: Path) -> None:
 def test_passed_as_a_callback(tmp_path: Path) -> None:
     module = Module()
     # Before 2.6 Lightning gets there first, and asks for a Callback in its own words.
-    with pytest.raises((AttributeError, ValueError), match=r"FastPlug belongs into Trainer\(plugins=|Expected a parent"):
+    with pytest.raises(
+        (AttributeError, ValueError), match=r"FastPlug belongs into Trainer\(plugins=|Expected a parent"
+    ):
         fit(module, tmp_path, callbacks=[FastPlug()])
     assert not is_patched(module)
 

@@ -110,8 +110,9 @@ def _compare(api: Any, repo: str, revision: str | None, folder: Path) -> None:
     for name in names:
         item = found.get(name)
         wrong = item is None or item.size != (folder / name).stat().st_size
-        if not wrong and getattr(item, "lfs", None) is not None:
-            wrong = item.lfs.sha256 != digest_of(folder / name)
+        lfs = getattr(item, "lfs", None)
+        if not wrong and lfs is not None:
+            wrong = lfs.sha256 != digest_of(folder / name)
         if wrong:
             raise ExportError(f"fastplug: {name} did not arrive at {repo} as it was sent; push again")
 

@@ -25,9 +25,7 @@ class LoRALinear(torch.autograd.Function):
         out, kept = group.forward(rows)
         ctx.save_for_backward(x, *kept.tensors())
         ctx.group = group
-        return torch.ops.aten._unsafe_view(
-            out, (*x.shape[:-1], group.out_features)
-        )  # no view: callers add in place
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], group.out_features))  # no view: callers add in place
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
