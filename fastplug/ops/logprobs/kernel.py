@@ -4,6 +4,9 @@ The first loop over a row keeps an online softmax (Milakov and Gimelshein, arXiv
 its own partial sums, so that a block costs one reduction across the program (its maximum) and no more; the entropy
 comes from the same loop, as ``log s - u / s`` with ``s = Σ e^(z - m)`` and ``u = Σ e^(z - m)·(z - m)``. The second
 loop, where a gradient is wanted, overwrites the logits.
+
+Both are compiled without contraction of multiply and add: were ``z = pre·x`` rounded for the sum and not for the
+gradient, the probabilities of a row would add up to one only within the rounding of its largest logit.
 """
 
 from __future__ import annotations
@@ -226,6 +229,7 @@ def _launch_logprobs(
             GRADIENT=gradient,
             BLOCK=block,
             num_warps=warps,
+            enable_fp_fusion=False,
         )
 
 
@@ -324,4 +328,5 @@ def token_logprobs_backward(
             GRAD_ENTROPY=grad_entropy is not None,
             BLOCK=block,
             num_warps=warps,
+            enable_fp_fusion=False,
         )

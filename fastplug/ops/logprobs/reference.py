@@ -88,15 +88,16 @@ def token_logprobs_backward(
     """
     z, slope = _transform(logits, statistics.dtype, logit_scale, softcap, temperature)
     ignored, unknown, index = _targets(targets, logits.shape[1], ignore_index)
-    log_p = torch.sub(z, statistics[:, :1]).sub_(statistics[:, 1:])
-    p = torch.exp(log_p, out=z)  # z is not needed any more (it may be the logits themselves)
+    log_p = z.sub_(statistics[:, :1]).sub_(statistics[:, 1:])  # z may be the logits themselves: they are overwritten
     upstream = torch.zeros_like(statistics[:, :1]) if grad_logprob is None else grad_logprob.unsqueeze(1)
     upstream = upstream.masked_fill(ignored, 0)
     if grad_entropy is None:
-        gradient = p.mul_(-upstream)
+        gradient = log_p.exp_().mul_(-upstream)
     else:
         assert entropy is not None
-        factor = log_p.clamp_(min=torch.finfo(z.dtype).min).add_(entropy.unsqueeze(1)).mul_(grad_entropy.unsqueeze(1))
+        p = torch.exp(log_p)
+        finite = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+        factor = finite.add_(entropy.unsqueeze(1)).mul_(grad_entropy.unsqueeze(1))
         gradient = p.mul_(factor.add_(upstream).neg_())
     gradient.scatter_add_(1, index, upstream)
     _store(logits, gradient, slope, ignored if grad_entropy is None else None, unknown)
