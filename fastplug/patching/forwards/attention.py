@@ -193,9 +193,14 @@ def attend(
     cache = rest.pop("layer_past", cache)  # GPT-NeoX's
     has_position = "cache_position" in rest
     position = rest.pop("cache_position", None)
+    for name, source in family.attention_arguments.items():
+        rest[name] = getattr(attention, source) if isinstance(source, str) else source(attention)
     if cache is not None:
-        if has_position:  # transformers < 5.3 hands these to static caches
-            k, v = cache.update(k, v, attention.layer_idx, {"sin": sin, "cos": cos, "cache_position": position})
+        if has_position:  # transformers < 5.3 hands these to static caches, 4.51 the window too
+            details = {"sin": sin, "cos": cos, "cache_position": position}
+            if "sliding_window" in rest:
+                details["sliding_window"] = rest["sliding_window"]
+            k, v = cache.update(k, v, attention.layer_idx, details)
         else:
             k, v = cache.update(k, v, attention.layer_idx)
     implementation: str = attention.config._attn_implementation  # type: ignore[assignment, union-attr]
@@ -203,8 +208,6 @@ def attend(
         function = sys.modules[family.module].eager_attention_forward
     else:
         function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[implementation]
-    for name, source in family.attention_arguments.items():
-        rest[name] = getattr(attention, source) if isinstance(source, str) else source(attention)
     dropout = attention.attention_dropout if attention.training else 0.0
     with _backend(runtime, implementation, q, mask, dropout):
         return function(  # type: ignore[no-any-return]
