@@ -32,10 +32,11 @@ class FileType:
 
 
 _EXACT = Bound(kl=1e-3, top1=0.95, perplexity=1.02)
+_BF16 = Bound(kl=0.05, top1=0.85, perplexity=1.15)  # libllama rounds what it multiplies with to bf16 too
 _EIGHT = Bound(kl=1e-2, top1=0.85, perplexity=1.05)
 _SIX = Bound(kl=0.05, top1=0.80, perplexity=1.10)
-_FIVE = Bound(kl=0.15, top1=0.70, perplexity=1.25)
-_FOUR = Bound(kl=0.45, top1=0.55, perplexity=1.7)
+_FIVE = Bound(kl=0.3, top1=0.70, perplexity=1.25)
+_FOUR = Bound(kl=1.0, top1=0.45, perplexity=2.0)
 _THREE = Bound(kl=1.5, top1=0.35, perplexity=4.0)
 _TWO = Bound(kl=4.0, top1=0.15, perplexity=40.0)
 
@@ -44,7 +45,7 @@ TYPES: dict[str, FileType] = {
     for row in (
         FileType("F32", 0, Bound(kl=1e-4, top1=0.99, perplexity=1.01), 1, plain=True),
         FileType("F16", 1, _EXACT, 1, plain=True),
-        FileType("BF16", 32, _EXACT, 1, plain=True),
+        FileType("BF16", 32, _BF16, 1, plain=True),
         FileType("Q8_0", 7, _EIGHT, 32, plain=True),
         FileType("Q6_K", 18, _SIX),
         FileType("Q5_K_M", 17, _FIVE),
