@@ -108,7 +108,7 @@ def _compare(api: Any, repo: str, revision: str | None, folder: Path) -> None:
     names = list(list_files(folder))
     found = {item.path: item for item in api.get_paths_info(repo, names, revision=revision)}
     for name in names:
-        item = found.get(name)
+        item: Any = found.get(name)
         wrong = item is None or item.size != (folder / name).stat().st_size
         lfs = getattr(item, "lfs", None)
         if not wrong and lfs is not None:
