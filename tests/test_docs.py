@@ -9,7 +9,11 @@
 Comments in the Markdown, invisible in the rendered page, steer them: ``<!-- needs: lightning -->`` skips a block where
 that package is missing, ``<!-- continues -->`` lets it see the names of the one before.
 
-``python`` blocks of extending.md that define hooks are also installed as a plugin, and a small model trains with them.
+``python`` blocks that define hooks are also installed as a plugin, and a small model trains with them.
+
+A ``python`` block that exports in another format than transformers' or PEFT's own needs programs or a network: there
+the formats and options that it names must exist. So must the commands and options of ``console`` blocks, whose models
+are placeholders.
 
 ``bash`` blocks: ``fastplug`` commands run, with a tiny model in the place of the one they name. Those that are not run
 here, and what is checked instead, stand in ``checked_only``. ``yaml`` and ``toml`` blocks are parsed, and what is
@@ -102,7 +106,28 @@ def names(folder: Path) -> dict[str, Any]:
         "training_args": tiny.arguments(folder / "out", max_steps=2),
         "batch": models.batch(),
         "torch": torch,
+        "fastplug": fastplug,
     }
+
+
+def exports(code: str) -> list[tuple[str, set[str]]]:
+    """(format, options) of each ``fastplug.export(model, path, format, ...)`` in the code."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "fastplug.export":
+            given = {keyword.arg or "": keyword.value for keyword in node.keywords}
+            format = given.pop("format", node.args[2] if len(node.args) > 2 else ast.Constant("merged_16bit"))
+            found.append((ast.literal_eval(format), set(given)))
+    return found
+
+
+def names_an_export(format: str, options: set[str]) -> None:
+    from fastplug.exporting import formats, option_names
+
+    known = formats()
+    assert format.partition(":")[0] in known
+    accepted = option_names(known[format.partition(":")[0]])
+    assert accepted is None or options <= set(accepted), (format, options)
 
 
 @pytest.mark.parametrize("snippet", snippets("python"))
@@ -110,6 +135,11 @@ def test_python(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for package in snippet.marks.get("needs", "").split():
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
+    calls = exports(snippet.code)
+    if any(format.partition(":")[0] not in ("merged_16bit", "lora") for format, _ in calls):
+        for format, options in calls:
+            names_an_export(format, options)
+        return
     monkeypatch.chdir(tmp_path)
     namespace = names(tmp_path)
     exec(compile(snippet.before, str(snippet.page), "exec"), namespace)
@@ -178,7 +208,8 @@ def installed(plugin: ModuleType) -> Iterator[None]:
 def family_takes_part(plugin: ModuleType, applied: fastplug.Applied) -> None:
     from fastplug.manager import manager
 
-    assert manager().collect("fastplug_families")[-1].name == "mymodel"
+    (family,) = plugin.fastplug_families()
+    assert manager().collect("fastplug_families")[-1].name == family.name
 
 
 def codec_takes_part(plugin: ModuleType, applied: fastplug.Applied) -> None:
@@ -250,6 +281,23 @@ def test_commands(snippet: Snippet, request: pytest.FixtureRequest) -> None:
         else:
             assert words[0] == "fastplug", words
             run(words[1:], request.getfixturevalue("model_folder"))
+
+
+@pytest.mark.parametrize("snippet", snippets("console"))
+def test_console(snippet: Snippet) -> None:
+    typer = pytest.importorskip("typer")
+    from fastplug.cli.app import app
+
+    known = typer.main.get_command(app).commands
+    for line in snippet.code.splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True) if line.startswith("$ ") else []
+        if words[:1] != ["fastplug"]:
+            continue
+        options = {name for parameter in known[words[1]].params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options | {"--help"}, line
+        if words[1] == "export" and "--format" in words:
+            given = {words[i + 1].partition("=")[0].replace("-", "_") for i, w in enumerate(words) if w == "--option"}
+            names_an_export(words[words.index("--format") + 1], given)
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -394,4 +442,4 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-CHECKS = {"python", "bash", "yaml", "toml", "text"}
+CHECKS = {"python", "bash", "console", "yaml", "toml", "text"}
