@@ -186,6 +186,11 @@ def available(name: str) -> bool:
     return all(hasattr(transformers, part) for part in case.classes) and _reached(case.oldest)
 
 
+def mixture(name: str) -> bool:
+    """Whether the model is a mixture of experts."""
+    return any("experts" in key for key in CASES[name].config)
+
+
 def complete(name: str) -> bool:
     """Whether the row serves all roles in the installed transformers; else some sites are refused, with the reason."""
     return _reached(CASES[name].since)
