@@ -192,7 +192,8 @@ def _lazy(head: nn.Module, hidden: torch.Tensor, runtime: Runtime, softcap: floa
     def compute() -> torch.Tensor:
         with torch.set_grad_enabled(grad), torch.autocast(hidden.device.type, autocast_dtype, enabled=autocast):
             there = gathers_itself(head) and not isinstance(read(head, runtime, inside=True), str)
-            read_in = hidden.to(base_layer(head).weight.dtype) if there and not autocast else hidden  # as its hooks do
+            weight: torch.Tensor = base_layer(head).weight  # type: ignore[assignment]
+            read_in = hidden.to(weight.dtype) if there and not autocast else hidden  # as its hooks do
             logits = head.forward(read_in) if there else head(hidden)
             logits = logits if scale == 1.0 else logits * scale
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
