@@ -16,8 +16,9 @@ import torch
 import fastplug
 from fastplug.families import fastplug_families
 from tests import models
-from tests.engine.step import assert_equal, fallbacks, patched, step
+from tests.engine.step import assert_equal, fallbacks, patched, relative, step
 from tests.families import cases
+from tests.families.sweep import distance
 
 NAMES = [name for name in cases.CASES if cases.available(name)]
 
@@ -126,3 +127,21 @@ def test_half_precision(name: str, autocast: bool) -> None:
         ours, theirs = (step(part, models.batch(), logits=False) for part in (twin, low))
     assert deviation(ours, truth) <= 2 * deviation(theirs, truth)
     assert not fallbacks(twin), fallbacks(twin)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in ("llava", "gemma 3, seeing", "pixtral")])
+def test_with_an_image(name: str) -> None:
+    """The vision tower's output enters the residual stream; its own trained tensors get their gradients."""
+    model = cases.build(name)
+    batch = models.batch()
+    batch["input_ids"][:, 2:6] = 5
+    batch["pixel_values"] = torch.randn(2, 3, 16, 16)
+    if name == "pixtral":
+        batch["image_sizes"] = torch.tensor([[16, 16], [16, 16]])
+    if name.startswith("gemma"):
+        batch["token_type_ids"] = (batch["input_ids"] == 5).long()
+    twin = fused(name, model)
+    ours, theirs = step(twin, batch), step(model, batch)
+    assert relative(ours.loss, theirs.loss) < BOUND
+    assert distance(ours, theirs) < BOUND  # the gradient of a key's bias is zero but for rounding
+    assert any(gradient is not None for name, gradient in ours.gradients.items() if "vision" in name)
