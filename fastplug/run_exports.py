@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from fastplug.errors import OptionError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastplug.exporters import Exporter, ExportResult
 
 Exports: TypeAlias = "str | Iterable[str] | Mapping[str, Mapping[str, Any] | None]"
@@ -93,6 +95,16 @@ def export_each(
     return written
 
 
+def exportable(module: nn.Module) -> dict[str, nn.Module]:
+    """The outermost models inside ``module`` that can be exported, by their names in it ("" for itself)."""
+    found: dict[str, nn.Module] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
+        if not inside and hasattr(part, "save_pretrained") and hasattr(part, "config"):
+            found[name] = part
+    return found
+
+
 def describe(result: ExportResult) -> str:
     """A line for a log, and one per note."""
     size = f"{len(result.files)} files, {result.bytes / 2**20:.1f} MiB in {result.seconds:.1f} s"
@@ -115,4 +127,4 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return (f"did you mean {nearest[0]!r}? " if nearest else "") + f"(known: {', '.join(names)})"
 
 
-__all__ = ["Exports", "describe", "export_each", "parse_exports"]
+__all__ = ["Exports", "describe", "export_each", "exportable", "parse_exports"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model, field_validator
 
 from fastplug.options import Options
+from fastplug.run_exports import parse_exports
 
 _hints = get_type_hints(Options)
 
@@ -20,8 +22,9 @@ else:
     FastPlugOptions = create_model(
         "FastPlugOptions",
         __config__=ConfigDict(extra="forbid"),
-        __doc__="The options of fastplug: the same keys and defaults as fastplug.Options.",
+        __doc__="The options of fastplug: the same keys and defaults as fastplug.Options, and `export`.",
         **{field.name: (_hints[field.name], field.default) for field in fields(Options)},
+        export=(Any, None),
     )
 
 
@@ -38,4 +41,21 @@ class FastPlugArgs(BaseModel):
         Raises:
             OptionError: Names the nearest known option or the possible values. pydantic shows it, being a ValueError.
         """
-        return None if given is None else Options.of(given).as_dict()
+        if given is None:
+            return None
+        options, export = split(given)
+        return {**options.as_dict(), "export": export}
+
+
+def split(given: Mapping[str, Any] | None) -> tuple[Options, Any]:
+    """The options of fastplug under the key, and what its ``export`` asks for, both checked.
+
+    Raises:
+        OptionError: An unknown name or an impossible value.
+    """
+    if not isinstance(given, Mapping | None):
+        return Options.of(given), None  # says what is wrong
+    options = dict(given or {})
+    export = options.pop("export", None)
+    parse_exports(export)
+    return Options.of(options, also=("export",)), export

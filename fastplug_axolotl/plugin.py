@@ -67,15 +67,16 @@ class FastPlugPlugin(BasePlugin):
         if not self._active:
             return []
         from fastplug.options import Options
+        from fastplug_axolotl.args import split
         from fastplug_axolotl.roles import left_alone, taken
         from fastplug_hf import FastPlugCallback
 
-        options = Options.of(cfg.get("fastplug"))
+        options, export = split(cfg.get("fastplug"))
         roles = taken(cfg)
         for role, keys in roles.items():
             _say(f"fastplug: leaves {role} to {', '.join(f'{key}: {cfg[key]}'.lower() for key in keys)}")
         given = Options.of(options, disable=sorted({*options.disable, *left_alone(roles)}))
-        self._callback = FastPlugCallback(**given.as_dict())
+        self._callback = FastPlugCallback(export=export, **given.as_dict())
         return [self._callback]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

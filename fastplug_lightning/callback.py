@@ -108,6 +108,10 @@ class Hooks:
         if self.plug is not None:
             self.plug.meter.pause()
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.plug is not None and trainer.is_global_zero:
+            self.plug.export(pl_module, trainer.default_root_dir)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._end(undo=isinstance(exception, KeyboardInterrupt))
 

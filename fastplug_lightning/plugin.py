@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import fastplug
 from fastplug import checkpoints
 from fastplug.errors import FastPlugError, MissingExtra, OptionError
 from fastplug.metrics import Meter
+from fastplug.run_exports import Exports, describe, export_each, exportable, parse_exports
 
 logger = logging.getLogger("fastplug")
 alive: weakref.WeakSet[FastPlug] = weakref.WeakSet()
@@ -37,6 +39,9 @@ class FastPlug:
             default.
         undo_at_end: Give the models back as they were when ``fit``, ``validate``, ``test`` or ``predict`` ends, in
             whatever way. By default they stay patched (and save, load and generate as before), except after a Ctrl-C.
+        export: What to write into ``<default_root_dir>/<format>`` when ``fit`` ends well, on the first rank: a format
+            of :func:`fastplug.export` (``"merged_16bit"``), several, or a mapping of formats to their options. A module
+            that holds several models gets a folder for each, by its attribute's name.
         options: The keys of :class:`fastplug.Options`.
 
     Logs ``fastplug/tokens_per_second`` (unpadded tokens of all ranks over the time spent training) and
@@ -54,13 +59,15 @@ class FastPlug:
         checkpoint: Literal["full", "adapter"] = "full",
         base: Any = None,
         undo_at_end: bool = False,
+        export: Exports | None = None,
         **options: Any,
     ) -> None:
         if checkpoint not in ("full", "adapter"):
             raise OptionError(f"fastplug: checkpoint cannot be {checkpoint!r}; one of 'full', 'adapter'")
         if not isinstance(undo_at_end, bool):
             raise OptionError(f"fastplug: undo_at_end must be true or false, not {undo_at_end!r}")
-        self.options = fastplug.Options.of(options)
+        self.options = fastplug.Options.of(options, also=("checkpoint", "base", "undo_at_end", "export"))
+        self.exports = parse_exports(export)
         _require_checkpoint_io(base)
         self.checkpoint, self.undo_at_end, self._base = checkpoint, undo_at_end, base
         self.meter = Meter()
@@ -73,6 +80,7 @@ class FastPlug:
 
     def __reduce__(self) -> Any:  # to processes that the trainer spawns
         own = {"checkpoint": self.checkpoint, "base": self._base, "undo_at_end": self.undo_at_end}
+        own["export"] = self.exports
         return _rebuild, ({**vars(self.options), **own},)
 
     def __getattr__(self, name: str) -> Any:
@@ -105,6 +113,13 @@ class FastPlug:
         self._models.add(model)
         if speak:
             self.say(report.summary(), logging.INFO if report.patched else logging.WARNING)
+
+    def export(self, module: nn.Module, folder: str) -> None:
+        """Write what the option ``export`` asks for of every model inside ``module``."""
+        for name, model in exportable(module).items() if self.exports else ():
+            where = folder if len(exportable(module)) == 1 else os.path.join(folder, name)
+            for result in export_each(model, where, self.exports, strict=self.options.strict):
+                self.say(describe(result))
 
     def undo(self) -> None:
         """Give every model that this plugin patched back as it was. The next ``fit`` patches again."""

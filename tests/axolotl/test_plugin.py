@@ -185,17 +185,18 @@ def test_a_later_config_without_it_in_the_same_process(plugins: Any) -> None:
 def test_options(plugins: Any) -> None:
     from pydantic import ValidationError
 
-    from fastplug_axolotl.args import FastPlugArgs
+    from fastplug_axolotl.args import FastPlugArgs, split
 
     _, (plugin,) = plugins()
     assert plugin.get_input_args() == f"{FastPlugArgs.__module__}.FastPlugArgs"
     assert FastPlugArgs(fastplug=None).fastplug is None
-    given = FastPlugArgs.model_validate({"fastplug": {"disable": "norm"}}).model_dump()["fastplug"]
-    assert fastplug.Options.of(given) == fastplug.Options(disable=("norm",))
+    given = FastPlugArgs.model_validate({"fastplug": {"disable": "norm", "export": "lora"}}).model_dump()["fastplug"]
+    assert split(given) == (fastplug.Options(disable=("norm",)), "lora")
     for value, message in [
         ({"stritc": True}, r"unknown option 'stritc'; did you mean 'strict'\?"),
         ({"kernels": "cuda"}, "kernels cannot be 'cuda'; one of 'auto', 'triton', 'reference'"),
         ({"strict": "yes"}, "strict must be true or false, not 'yes'"),
+        ({"export": "lorra"}, "did you mean 'lora'"),
         (True, "options must be fastplug.Options or a mapping, not bool"),
     ]:
         with pytest.raises(ValidationError, match=message):

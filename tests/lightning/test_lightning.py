@@ -356,6 +356,14 @@ def test_nothing_is_added_where_no_fastplug_is_in_use(tmp_path: Path) -> None:
     assert not any("FastPlug" in type(callback).__name__ for callback in trainer(tmp_path).callbacks)
 
 
+def test_exports_when_fit_ends(tmp_path: Path) -> None:
+    module = Module()
+    fit(module, tmp_path, FastPlug(export={"lora": {"overwrite": True}}), count=2)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+    with pytest.raises(OptionError, match="did you mean 'lora'"):
+        FastPlug(export="lorra")
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_fabric(apart: bool) -> None:
     fabric_of = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
