@@ -42,6 +42,7 @@ import torch
 
 import fastplug
 from fastplug.options import Options
+from fastplug.run_exports import parse_exports
 from tests import models
 
 ROOT = Path(__file__).parents[1]
@@ -354,7 +355,9 @@ def test_yaml(snippet: Snippet) -> None:
     yaml = pytest.importorskip("yaml")
     config = yaml.safe_load(snippet.code)
     assert config
-    Options.of(config.get("fastplug"))
+    options = config.get("fastplug") or {}
+    parse_exports(options.pop("export", None))
+    Options.of(options)
 
 
 @pytest.mark.parametrize("snippet", snippets("toml"))
