@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401  # before anything imports distutils: later, as PyTorch's inductor does, it refuses
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -100,17 +100,18 @@ def test_generation_is_not_slower(rows: int, prompt: int) -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 import torch
 import fastplug
+from fastplug.demo.memory import PeakMemory
 from tests import models
 torch.set_num_threads(1)
 model = models.lora(models.plain(vocab_size=131072))
 if sys.argv[1] == "patched":
     fastplug.apply(model)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = PeakMemory(torch.device("cpu"))
 model(**models.batch(2, 128)).loss.backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak.read())
 """
 
 
@@ -125,7 +126,9 @@ def test_peak_memory_with_a_large_vocabulary_is_lower() -> None:
             [sys.executable, "-c", MEMORY, kind], capture_output=True, text=True, env=environment, cwd=root, timeout=300
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        grown[kind] = int(done.stdout.split()[-1]) / 1024  # MiB
+        if done.stdout.split()[-1] == "None":
+            pytest.skip("this system does not let a process reset its memory mark")
+        grown[kind] = int(done.stdout.split()[-1]) / 2**20  # MiB
     assert grown["unpatched"] > 128
     assert grown["patched"] < 0.5 * grown["unpatched"], grown
 

@@ -42,7 +42,7 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Te
     """
     check_activation(activation)
     wide = torch.promote_types(gate.dtype, torch.float32)
-    out.copy_(activate(gate, activation).to(wide).mul_(up.to(wide)))
+    _product(activate(gate, activation).to(wide), up.to(wide), out)
 
 
 def backward(
@@ -81,9 +81,16 @@ def backward(
         rest = torch.sigmoid(-y)  # not 1 - s, which cancels
         slope = s + c * s * rest * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * c * c)
         value = g * s
-    product = None if out is None else value.to(gate.dtype).to(wide) * u
-    gradients = slope.mul_(u).mul_(d), value.mul_(d)  # all before the first write: the outputs may be the inputs
-    dgate.copy_(gradients[0])
-    dup.copy_(gradients[1])
-    if out is not None and product is not None:
-        out.copy_(product)
+    slope.mul_(u)  # u is read before anything is written: the outputs may be the inputs
+    if out is not None:
+        _product(value.to(gate.dtype).to(wide), u, out)
+    _product(slope, d, dgate)
+    _product(value, d, dup)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = a * b``, in one pass where it can be (``torch.compile`` writes no view that way)."""
+    if out.dtype == a.dtype and not torch.compiler.is_compiling():
+        torch.mul(a, b, out=out)
+    else:
+        out.copy_(a * b)

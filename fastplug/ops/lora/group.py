@@ -207,18 +207,19 @@ class Group:
         """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
         encoded = [p.read() for p in self.projections]
         dense = [weight.dense(self.dtype) for weight in encoded]
-        if any(weight is None for weight in dense):
-            buffer = torch.empty(
-                self.out_features, self.in_features, dtype=self.dtype, device=encoded[0].tensors[0].device
-            )
+        device = encoded[0].tensors[0].device
+        if any(weight is None for weight in dense) and device.type != "cpu":  # a CPU gains nothing by one product
+            buffer = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
             row = 0
             for weight in encoded:
                 weight.decode(buffer[row : row + weight.shape[0]], self.ops)
                 row += weight.shape[0]
             return [(buffer, slice(0, self.out_features))]
         parts, row = [], 0
-        for matrix in dense:
-            assert matrix is not None
+        for weight, matrix in zip(encoded, dense, strict=True):
+            if matrix is None:
+                matrix = torch.empty(weight.shape, dtype=self.dtype, device=device)
+                weight.decode(matrix, self.ops)
             parts.append((matrix, slice(row, row + len(matrix))))
             row += len(matrix)
         return parts
