@@ -25,8 +25,10 @@ class Fingerprint:
             tensors.extend(value for value in state.values() if isinstance(value, torch.Tensor))
         self._tensors = [(tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
 
-    def holds(self) -> bool:
-        """Whether nothing has changed since."""
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` is the one of the snapshot (no copy or replica of it), and nothing has changed since."""
+        if self._states[0][0] is not layer.__dict__:
+            return False
         try:
             return all(state == before for state, before in self._states) and self.pointers_hold()
         except RuntimeError:  # a tensor took the place of another, and their comparison has no truth value

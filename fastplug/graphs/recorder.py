@@ -49,10 +49,10 @@ class CUDARecorder:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def memory(self) -> tuple[int, int]:
         allocated = torch.cuda.memory_allocated(self.device)

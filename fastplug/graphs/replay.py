@@ -39,6 +39,7 @@ class Shared:
     """What the layers of one ``apply`` share."""
 
     recorder: Recorder | None
+    device: torch.device
     off: str | None = None  # why nothing is recorded any more
     warmed: set[Any] = field(default_factory=set)
     buffers: dict[Any, Buffers] = field(default_factory=dict)  # of layers under gradient checkpointing
@@ -83,7 +84,7 @@ def replayed(fast: FastForward) -> FastForward:
         if shared.recorder is None or shared.off is not None:
             return fast(layer, binding, *args, **kwargs)
         kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
-        key = _key(layer, binding, kwargs)
+        key = _key(layer, binding, kwargs, shared.device)
         graph = None if key is None else _graph(layer, binding, shared, key, kwargs, fast)
         if graph is None:
             return fast(layer, binding, **kwargs)
@@ -107,11 +108,12 @@ def _shared(binding: Binding) -> Shared:
     runtime = binding.runtime
     if runtime.graphs is None:
         on = runtime.options.graphs != "off"
-        runtime.graphs = Shared(recorder_for(torch.device(binding.report.device)) if on else None)
+        device = torch.device(binding.report.device)
+        runtime.graphs = Shared(recorder_for(device) if on else None, device)
     return runtime.graphs  # type: ignore[no-any-return]
 
 
-def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Key | None:
+def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], device: torch.device) -> Key | None:
     """What a recording of this call would hold for, but the sequence length; None if it cannot be recorded."""
     x, positions = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
     mask = kwargs.get("attention_mask")
@@ -120,6 +122,8 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Key | No
         return None
     if binding.family.mixture or not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
         return None  # the work of a mixture of experts depends on where its router sends the tokens
+    if x.device != device or (device.type == "cuda" and device.index != torch.cuda.current_device()):
+        return None  # a graph belongs to one device, and is replayed on the current one
     for name, value in kwargs.items():
         idle = value is None or value is False or (name in CACHES and type(value).__name__ == "StepCache")
         if not idle and name not in INPUTS and name not in HARMLESS:
@@ -162,7 +166,7 @@ def _graph(
     state: LayerState | None = binding.graphs
     if state is None:
         state = binding.graphs = LayerState.of(layer)
-    elif not state.off and not state.fingerprint.holds():
+    elif not state.off and not state.fingerprint.holds(layer):
         state.renew(layer)
     batch, length = kwargs["hidden_states"].shape[:2]
     short = 4 * batch * length * state.weights <= FLOPS or binding.runtime.options.graphs == "on"

@@ -244,6 +244,20 @@ def test_a_disabled_adapter_is_not_replayed(device: torch.device) -> None:
     assert relative(replayed(**inputs).loss.detach(), eager(**inputs).loss.detach()) <= BOUND
 
 
+def test_a_shallow_copy_is_not_taken_for_the_layer(device: torch.device) -> None:
+    """As a replica of ``nn.DataParallel``, it carries the binding of the original and weights of its own."""
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device)] * 4)
+        replica = copy.copy(layers(model)[0])
+        replica._modules = {**replica._modules, "mlp": copy.deepcopy(replica.mlp)}
+        for parameter in replica.mlp.parameters():
+            parameter.data.mul_(1.5)
+        model.get_base_model().model.layers[0] = replica
+    truth, mine = eager(**batch(device, seed=5)).loss, replayed(**batch(device, seed=5)).loss
+    assert relative(mine.detach(), truth.detach()) <= BOUND
+
+
 def test_weights_that_move_between_forward_and_backward(device: torch.device) -> None:
     eager, replayed = pair(device)
     for model in (eager, replayed):
