@@ -73,7 +73,8 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     ops = table_for(device, options.kernels, options.plugins)
     runtime = Runtime(options, ops, plugins.collect("fastplug_codecs"))
     for _, binding in before:  # FSDP moves a model to its device after it was patched
-        binding.runtime.ops = ops
+        if binding.runtime.ops is not ops:
+            binding.runtime.ops, binding.runtime.graphs = ops, None
     decided = decide(model, runtime, plugins)
     new = [(site, choice) for site, choice in decided if KEY not in site.module.__dict__]
     result = before[0][1].report if before else _new_report(model, device, runtime)
