@@ -221,7 +221,9 @@ meter = Meter()
 meter.start()
 meter._seconds = 2.0
 meter.count(torch.ones(3, 5), torch.ones(3, 5) if rank else torch.eye(5)[:3])
-print(meter.read(torch.device("cpu"))[TOKENS_PER_SECOND])
+print(meter.read(torch.device("cpu"))[TOKENS_PER_SECOND], flush=True)
+dist.barrier()
+dist.destroy_process_group()  # gloo's threads do not survive an exit that leaves them running
 """
 
 
