@@ -122,7 +122,8 @@ def test_same_losses_with_and_without(name: str, changes: dict[str, Any], tmp_pa
     ]
     for entry, ours in zip(plain.state.log_history, fused.state.log_history):
         for key in entry.keys() - NOT_COMPARED:
-            assert ours[key] == pytest.approx(entry[key], rel=1e-4, abs=1e-5), key
+            cancels = 1e-3 if key.startswith("logits/") else 1e-5  # means over all logits, of either sign
+            assert ours[key] == pytest.approx(entry[key], rel=1e-4, abs=cancels), key
     assert tiny.losses(fused) == pytest.approx(tiny.losses(plain), rel=1e-5, abs=1e-6)
     assert len(tiny.losses(fused, TOKENS_PER_SECOND)) == 3
 
