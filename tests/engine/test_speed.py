@@ -47,9 +47,9 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], turns: int) 
 
 
 def best_ratio(ours: Callable[[], object], theirs: Callable[[], object], turns: int, enough: float) -> float:
-    """The best of three measurements: noise comes and goes, a slow path stays slow."""
+    """The best of six measurements: noise comes and goes, a slow path stays slow."""
     found = 0.0
-    for _ in range(3):
+    for _ in range(6):
         found = max(found, ratio(ours, theirs, turns))
         if found >= enough:
             break
