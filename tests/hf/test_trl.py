@@ -142,12 +142,13 @@ def test_token_accuracy_and_entropy_are_those_of_the_logits(tmp_path: Path) -> N
 
 
 def test_trl_keeps_its_own_head(tmp_path: Path) -> None:
-    """From TRL 1.15 on it replaces the forward after on_init_end; before, the head is fused too."""
+    """TRL 1.4 to 1.14 replace the forward before on_init_end, later ones after it, older ones not at all."""
     trainer = build("SFT", tmp_path, [FastPlugCallback()])
     head = trainer.model.get_base_model()
-    assert KEY in head.__dict__
+    assert KEY in head.__dict__ or "forward" in head.__dict__
     trainer.train()
     refused = {decision.role: decision.reason for decision in fastplug.report(trainer.model).refused}
     own = "forward" in head.__dict__
-    assert refused == ({"lm_head_loss": "its forward was replaced on the instance by trl.trainer.utils"} if own else {})
+    assert refused.keys() == ({"lm_head_loss"} if own else set())
+    assert all(reason.startswith("its forward was replaced on the instance by trl.") for reason in refused.values())
     assert (KEY in head.__dict__) == (not own)
