@@ -88,6 +88,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+    made.model_input_names = ["input_ids", "attention_mask"]  # as a causal LM's tokenizer; generate takes no others
     made.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     made.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} </s>{% endfor %}"
