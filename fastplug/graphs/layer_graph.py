@@ -80,7 +80,7 @@ class LayerGraph:
     def warm_up(self) -> None:
         """Once eagerly: kernels are compiled and libraries choose theirs outside of a recording."""
         aliases = self._aliases()
-        x = self.buffers.x.requires_grad_(self.needs_dx)
+        x = self.buffers.x.detach().requires_grad_(self.needs_dx)
         out = self._compute(x, aliases)
         torch.autograd.grad(out, self._wanted(x, aliases), torch.zeros_like(out), allow_unused=True)
 

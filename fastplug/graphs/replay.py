@@ -166,11 +166,13 @@ def _graph(
     state: LayerState | None = binding.graphs
     if state is None:
         state = binding.graphs = LayerState.of(layer)
-    elif not state.off and not state.fingerprint.holds(layer):
-        state.renew(layer)
     batch, length = kwargs["hidden_states"].shape[:2]
     short = 4 * batch * length * state.weights <= FLOPS or binding.runtime.options.graphs == "on"
-    if state.off or not short or (state.dropout and key[0] == "checkpointed"):  # two replays draw two masks
+    if state.off or not short:
+        return None
+    if not state.fingerprint.holds(layer):
+        state.renew(layer)
+    if state.off or (state.dropout and key[0] == "checkpointed"):  # two replays draw two masks
         return None
     known = state.graphs.setdefault(key, [])
     graph = _fitting(known, length)
