@@ -1,0 +1,315 @@
+"""The fastest choice of policies that fits a budget.
+
+When the backward begins, every layer holds what its policy keeps; layer by layer this is freed again, the last one
+first. So with ``before(i)`` the sum of ``saved`` over the layers before layer i, the step's peak is the highest of
+
+* ``before(i) + forward_peak(i)`` and ``before(i) + backward_peak(i)`` of every layer i,
+* ``before(L) + head_peak``, while head and loss run,
+* everything with all gradients, while the optimizer runs.
+
+A layer that recomputes everything has, in its own backward, as much in memory as one that kept everything. So keeping
+all of the *last* layer costs nothing at the peak, and of equal layers the later ones keep more: what they hold lives
+for the shortest time.
+
+This is a multiple-choice knapsack with a constraint at every prefix. It is solved exactly by dynamic programming over
+the pairs (bytes held, nanoseconds) that no other pair beats in both (Nemhauser & Ullmann 1969).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastplug.errors import OptionError
+from fastplug.memory.costs import LayerCosts
+from fastplug.memory.plan import Plan
+from fastplug.memory.policy import Policy
+
+STATES = 16384
+"""Undominated pairs that are followed. 32 equal layers have about 2,000; where there are more, neighbours are merged,
+which may cost up to a 16384th of the budget per layer but never exceeds it."""
+
+
+class Peak(NamedTuple):
+    """The highest bytes of a step above what is always there, what the layers hold then, and when that is."""
+
+    bytes: int
+    held: int
+    moment: str
+
+
+class DoesNotFit(OptionError):
+    """No choice of policies fits the budget.
+
+    Attributes:
+        least: The least budget, in bytes, that would fit.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+def solve(
+    layers: Sequence[LayerCosts],
+    fixed_bytes: int | Mapping[str, int],
+    budget: int,
+    *,
+    head_peak: int = 0,
+    accumulating: bool = True,
+    host_budget: int | None = None,
+    context: int = 0,
+    slack: float = 0.0,
+    other_ms: float = 0.0,
+    batch: int = 0,
+    sequence: int = 0,
+) -> Plan:
+    """The plan with the least milliseconds whose peak stays within ``budget``.
+
+    Args:
+        layers: The decoder layers in the order of the forward.
+        fixed_bytes: Bytes that are there at every moment (weights, adapters, optimizer states), as one number or by
+            name. Gradients are taken from ``layers`` and do not belong here.
+        budget: Bytes of reserved memory plus the CUDA context.
+        head_peak: Bytes that head, loss and what lies around the layers need beside what the layers hold.
+        accumulating: Whether gradients of an earlier micro-batch are there during the forward.
+        host_budget: Bytes of pinned host memory that may be used; None: as many as it takes.
+        context: Bytes of the CUDA context.
+        slack: Reserved bytes beyond the allocated ones, as a fraction of these.
+        other_ms: Milliseconds of the step outside the layers.
+        batch, sequence: The shape that this plan is for.
+
+    Of plans that take equally long the one that holds least is taken, of those that hold equally much the one whose
+    late layers keep most. The same input always gives the same plan.
+
+    Raises:
+        DoesNotFit: Not even the least choice fits; the message has the numbers.
+    """
+    fixed = {"fixed": fixed_bytes} if isinstance(fixed_bytes, int) else dict(fixed_bytes)
+    always = sum(fixed.values())
+    room = int((budget - context) / (1 + slack)) - always
+    best: tuple[int, int, tuple[Policy, ...]] | None = None
+    for choice, shared in _with_shared(_within_host(layers, host_budget)):
+        found = _search(choice, room - shared, head_peak, accumulating)
+        if found is not None:
+            found = (found[0], found[1] + shared, found[2])
+            best = found if best is None or found[:2] < best[:2] else best
+    if best is None:
+        raise _error(layers, fixed, budget, head_peak, accumulating, host_budget, context, slack)
+    return assemble(
+        layers,
+        best[2],
+        fixed,
+        budget,
+        head_peak=head_peak,
+        accumulating=accumulating,
+        context=context,
+        slack=slack,
+        other_ms=other_ms,
+        batch=batch,
+        sequence=sequence,
+    )
+
+
+def assemble(
+    layers: Sequence[LayerCosts],
+    policies: Sequence[Policy],
+    fixed_bytes: int | Mapping[str, int],
+    budget: int,
+    *,
+    head_peak: int = 0,
+    accumulating: bool = True,
+    context: int = 0,
+    slack: float = 0.0,
+    other_ms: float = 0.0,
+    batch: int = 0,
+    sequence: int = 0,
+) -> Plan:
+    """What a given choice of policies needs, whether or not it fits. The arguments are those of :func:`solve`."""
+    fixed = {"fixed": fixed_bytes} if isinstance(fixed_bytes, int) else dict(fixed_bytes)
+    peak = peak_of(layers, policies, head_peak=head_peak, accumulating=accumulating)
+    gradients = sum(layer.gradients for layer in layers)
+    now = min(gradients, peak.bytes) if accumulating or peak.moment == OPTIMIZER else 0
+    held = min(peak.held, peak.bytes - now)
+    parts = {**fixed, "gradients": now, "activations": held, "workspace": peak.bytes - now - held}
+    parts["slack"] = int(sum(parts.values()) * slack)
+    parts["context"] = context
+    chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
+    return Plan(
+        policies=tuple(policies),
+        batch=batch,
+        sequence=sequence,
+        budget=budget,
+        parts=parts,
+        ms=other_ms + sum(cost.ms for cost in chosen),
+        host_bytes=sum(cost.host for cost in chosen),
+        moment=peak.moment,
+    )
+
+
+OPTIMIZER = "the optimizer's step"
+
+
+def peak_of(
+    layers: Sequence[LayerCosts], policies: Sequence[Policy], *, head_peak: int = 0, accumulating: bool = True
+) -> Peak:
+    """The peak of a step, gradients included, above the bytes that are always there."""
+    chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
+    later = _gradients_after(layers, accumulating)
+    all_gradients = sum(layer.gradients for layer in layers)
+    at_forward = all_gradients if accumulating else 0
+    shared = sum({policy: cost.shared for policy, cost in zip(policies, chosen)}.values())
+    peaks = [Peak(all_gradients + shared, 0, OPTIMIZER)]
+    before = shared
+    for i, cost in enumerate(chosen):
+        peaks.append(Peak(before + cost.forward_peak + at_forward, before, f"the forward of layer {i}"))
+        peaks.append(Peak(before + cost.backward_peak + later[i], before + cost.saved, f"the backward of layer {i}"))
+        before += cost.saved
+    peaks.append(Peak(before + head_peak + at_forward, before, "head and loss"))
+    return max(peaks, key=lambda peak: peak.bytes)
+
+
+def _gradients_after(layers: Sequence[LayerCosts], accumulating: bool) -> list[int]:
+    """Bytes of gradients that are there when each layer's backward runs, its own included."""
+    if accumulating:
+        return [sum(layer.gradients for layer in layers)] * len(layers)
+    sums = list(itertools.accumulate(layer.gradients for layer in reversed(layers)))
+    return sums[::-1]
+
+
+def _within_host(layers: Sequence[LayerCosts], host_budget: int | None) -> list[LayerCosts]:
+    """Take the policies that use host memory from the layers that it does not reach to: the early ones come first."""
+    made, left = [], host_budget
+    for layer in layers:
+        most = max((cost.host for cost in layer.policies.values()), default=0)
+        if left is not None and most > left:
+            layer = layer.only(*(policy for policy, cost in layer.policies.items() if cost.host <= 0))
+        elif left is not None:
+            left -= most
+        made.append(layer)
+    return made
+
+
+def _with_shared(layers: Sequence[LayerCosts]) -> list[tuple[list[LayerCosts], int]]:
+    """The layers with and without each policy that needs bytes of its own once, and those bytes."""
+    costly = sorted({p for layer in layers for p, cost in layer.policies.items() if cost.shared}, key=list(Policy).index)
+    made = []
+    for count in range(len(costly) + 1):
+        for used in itertools.combinations(costly, count):
+            choice = [layer.only(*(p for p in layer.policies if p not in costly or p in used)) for layer in layers]
+            left = {p: cost.shared for layer in choice for p, cost in layer.policies.items() if cost.shared}
+            made.append((choice, sum(left.values())))
+    return made
+
+
+def _search(
+    layers: Sequence[LayerCosts], room: int, head_peak: int, accumulating: bool
+) -> tuple[int, int, tuple[Policy, ...]] | None:
+    """(nanoseconds, bytes held at the end, policies) of the best choice, or None."""
+    order = list(Policy)
+    later = _gradients_after(layers, accumulating)
+    everything = sum(layer.gradients for layer in layers)
+    at_forward = everything if accumulating else 0
+    if everything > room:
+        return None
+    held, time = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    trail: list[tuple[list[Policy], torch.Tensor, torch.Tensor]] = []
+    cell = max(1, room // STATES)
+    for i, layer in enumerate(layers):
+        # The policy that keeps most comes first: among equal pairs the first survives, and late layers keep most.
+        policies = sorted(layer.policies, key=lambda p: (-layer[p].saved, order.index(p)))
+        parts = []
+        for number, policy in enumerate(policies):
+            cost = layer[policy]
+            need = max(cost.forward_peak + at_forward, cost.backward_peak + later[i])
+            (fits,) = torch.nonzero(held + need <= room, as_tuple=True)
+            chosen = torch.full_like(fits, number)
+            parts.append((held[fits] + cost.saved, time[fits] + round(cost.ms * 1e6), chosen, fits))
+        held, time, chosen, parent = (torch.cat(column) for column in zip(*parts))
+        if not len(held):
+            return None
+        kept = _undominated(held, time, chosen, cell)
+        held, time = held[kept], time[kept]
+        trail.append((policies, chosen[kept], parent[kept]))
+    (fits,) = torch.nonzero(held + head_peak + at_forward <= room, as_tuple=True)
+    if not len(fits):
+        return None
+    state = int(fits[torch.argmin(time[fits])])  # times fall strictly as bytes rise, so there is only one
+    total, end = int(time[state]), int(held[state])
+    found = []
+    for policies, chosen, parent in reversed(trail):
+        found.append(policies[int(chosen[state])])
+        state = int(parent[state])
+    return total, end, tuple(reversed(found))
+
+
+def _undominated(held: torch.Tensor, time: torch.Tensor, chosen: torch.Tensor, cell: int) -> torch.Tensor:
+    """Indices of the pairs (held, time) that no other beats, by rising bytes; at most :data:`STATES`."""
+    order = torch.argsort(chosen, stable=True)
+    order = order[torch.argsort(time[order], stable=True)]
+    order = order[torch.argsort(held[order], stable=True)]
+    times = time[order]
+    best = torch.cummin(times, 0).values
+    first = torch.ones_like(times, dtype=torch.bool)
+    first[1:] = times[1:] < best[:-1]
+    order = order[first]
+    if len(order) > STATES:
+        cells = held[order] // cell
+        last = torch.ones_like(cells, dtype=torch.bool)
+        last[:-1] = cells[1:] != cells[:-1]  # the fastest of each cell
+        last[0] = True  # and the smallest of all, so that what fits is always found
+        order = order[last]
+    return order
+
+
+def least_of(
+    layers: Sequence[LayerCosts], *, head_peak: int = 0, accumulating: bool = True, host_budget: int | None = None
+) -> Peak:
+    """The lowest peak that any choice of policies has, gradients included."""
+    found = None
+    for choice, _ in _with_shared(_within_host(layers, host_budget)):
+        # What a layer holds counts for all later ones, its own peak only once: take the least saved, then let the last
+        # layer's peak decide, where layers differ.
+        policies = [min(layer.policies, key=lambda p: (layer[p].saved, layer[p].backward_peak)) for layer in choice]
+        peak = peak_of(choice, policies, head_peak=head_peak, accumulating=accumulating)
+        for i, layer in enumerate(choice):
+            for policy in layer.policies:
+                other = [*policies[:i], policy, *policies[i + 1 :]]
+                now = peak_of(choice, other, head_peak=head_peak, accumulating=accumulating)
+                if now.bytes < peak.bytes:
+                    peak, policies = now, other
+        found = peak if found is None or peak.bytes < found.bytes else found
+    assert found is not None
+    return found
+
+
+def _error(
+    layers: Sequence[LayerCosts],
+    fixed: Mapping[str, int],
+    budget: int,
+    head_peak: int,
+    accumulating: bool,
+    host_budget: int | None,
+    context: int,
+    slack: float,
+) -> DoesNotFit:
+    peak = least_of(layers, head_peak=head_peak, accumulating=accumulating, host_budget=host_budget)
+    always = sum(fixed.values())
+    least = int((always + peak.bytes) * (1 + slack)) + context + 1
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.2f} GiB"
+
+    named = ", ".join(f"{name} {gib(size)}" for name, size in {**fixed, "CUDA context": context}.items() if size)
+    if always + context > budget:
+        why = f"what is there before the first step ({named}) is {gib(always + context)} alone"
+    else:
+        why = f"the least that a step needs is {gib(least)}: {named}, and {gib(peak.bytes)} in {peak.moment}"
+    return DoesNotFit(
+        f"fastplug: a budget of {gib(budget)} is too small: {why}; give a larger budget, a shorter sequence, a smaller "
+        "batch or a smaller format of the weights",
+        least,
+    )
