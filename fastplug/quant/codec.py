@@ -31,6 +31,12 @@ class EncodedWeight:
     shape: tuple[int, int]
     layout: tuple[Any, ...] = ()
 
+    @property
+    def stored_densely(self) -> bool:
+        """Whether the weight itself is stored, in 16 bits or more, so that nothing has to be decoded."""
+        first = self.tensors[0]
+        return first.shape == self.shape and first.is_floating_point() and first.dtype.itemsize > 1
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The weight itself where it is stored densely (cast if need be), None where it has to be decoded."""
         return self.codec.dense(self, dtype)

@@ -79,14 +79,20 @@ class GatedMLPFunction(torch.autograd.Function):
             residual_rows = None if residual is None else residual.reshape(rows.shape)
             if residual_rows is not None and rows.dtype != residual_rows.dtype:
                 rows = rows.to(residual_rows.dtype)  # an fp32 residual stream under autocast
-            normed, h, rstd = ops.rms_norm.forward(
-                rows, norm_weight, spec.norm.eps, residual=residual_rows, out_dtype=dtype, **spec.norm.kwargs()
+            normed = spec.gate_up.room(len(rows), x.device)
+            _, h, rstd = ops.rms_norm.forward(
+                rows,
+                norm_weight,
+                spec.norm.eps,
+                residual=residual_rows,
+                out=normed[:, : spec.gate_up.in_features],
+                **spec.norm.kwargs(),
             )
         gate_up, kept = spec.gate_up.forward(normed)
         del normed
         gate, up = gate_up.split(spec.widths, dim=-1)
-        hidden = torch.empty(len(rows), up.shape[1], dtype=dtype, device=x.device)
-        ops.glu.forward(gate, up, spec.activation, hidden)
+        hidden = spec.down.room(len(rows), x.device)
+        ops.glu.forward(gate, up, spec.activation, hidden[:, : up.shape[1]])
         ctx.spec, ctx.shapes = spec, (x.shape, x.dtype, None if residual is None else residual.dtype)
         ctx.count = len(kept.tensors())
         down_kept = spec.down.adapters(hidden)
@@ -129,8 +135,8 @@ class GatedMLPFunction(torch.autograd.Function):
         # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
         d_hidden, gb = spec.down.input_gradient(g, down_kept, True)
         assert d_hidden is not None
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.split(spec.widths, dim=-1)
+        d_gate_up = spec.gate_up.gradient_room(len(g), g.device)
+        d_gate, d_up = d_gate_up[:, : spec.gate_up.out_features].split(spec.widths, dim=-1)
         hidden = torch.empty_like(d_hidden) if any(needs[inner:]) else None
         ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden)
         del d_hidden

@@ -1,84 +1,28 @@
-"""The products of several projections that read one tensor: forward and backward, on plain tensors."""
+"""The products of several projections that read one tensor: forward and backward, on plain tensors.
+
+Where the base weights have to be decoded anyway, they are decoded into a buffer with room for the adapters: B beside W
+in the forward, A below it in the backward. With x Aᵀ beside x (and g B beside g), one product computes base and
+adapters, y = [x, x Aᵀ] [W, B]ᵀ and dx = [g, g B] [W; A], and saves writing and reading y once (and dx). That needs x
+(and g) to lie in a buffer with room behind its rows, which :meth:`Group.room` and :meth:`Group.gradient_room` give.
+Weights stored densely have no such room: there the base product accumulates onto the adapters' own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
 
 import torch
 
+from fastplug.ops.lora.adapters import Adapters
+from fastplug.ops.lora.matmul import mm
+from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
 
-if TYPE_CHECKING:
-    from fastplug.quant.codec import EncodedWeight
-
-Grads = list[torch.Tensor | None]
-
-
-class Kept(NamedTuple):
-    """What a group's forward leaves for its backward, all of it small, or nothing without adapters.
-
-    Attributes:
-        xa: s · dropout(x) Aᵀ [tokens, rank].
-        a: The stacked A [rank, in_features] in the compute dtype.
-        b: The block-diagonal B [out_features, rank] in the compute dtype.
-        masks: The dropout masks [tokens, in_features] (bool), one per adapter, None where nothing was dropped.
-    """
-
-    xa: torch.Tensor | None = None
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
-    masks: tuple[torch.Tensor | None, ...] = ()
-
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """For ``save_for_backward``."""
-        return (self.xa, self.a, self.b, *self.masks)
-
-    @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor | None]) -> Kept:
-        """From what :meth:`tensors` gave."""
-        return cls(tensors[0], tensors[1], tensors[2], tuple(tensors[3:]))
-
-
-PER_PROJECTION = 4  # weight, bias, A, B: what a projection hands to autograd, see Projection.tensors
-
-
-@dataclass
-class Projection:
-    """One linear projection as the ops see it.
-
-    Attributes:
-        read: Reads the weight as it is now. Called again in the backward, so that nothing unsharded or decoded is
-            kept between the two.
-        shape: (out_features, in_features).
-        bias: [out_features] or None.
-        a, b: The LoRA matrices [rank, in_features] and [out_features, rank], or None.
-        scaling: The factor on the LoRA update.
-        dropout: The probability with which the adapter's input is dropped; 0 outside training.
-        trained: The dense weight if it needs a gradient, else None.
-    """
-
-    read: Callable[[], EncodedWeight]
-    shape: tuple[int, int]
-    bias: torch.Tensor | None = None
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
-    scaling: float = 1.0
-    dropout: float = 0.0
-    trained: torch.Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The tensors autograd has to know, in the order of the gradients that :class:`Group` returns."""
-        return self.trained, self.bias, self.a, self.b
+ALIGNMENT = 8  # elements of 16 bits: rows of a buffer begin at multiples of 16 bytes
 
 
 class Group:
-    """Projections of one tensor x [tokens, in_features], computed in one dtype.
-
-    Adapters share one stacked A; B is laid out block-diagonally, so that one skinny product serves all of them.
-    """
+    """Projections of one tensor x [tokens, in_features], computed in one dtype."""
 
     def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable) -> None:
         self.projections = projections
@@ -86,98 +30,52 @@ class Group:
         self.ops = ops
         self.out_features = sum(p.shape[0] for p in projections)
         self.in_features = projections[0].shape[1]
-        self.adapted = [p for p in projections if p.a is not None]
-        self.rank = sum(len(p.a) for p in self.adapted if p.a is not None)
-        self.dropout = any(p.dropout for p in self.adapted)
-        scalings = {p.scaling for p in self.adapted}
-        self.scaling = scalings.pop() if len(scalings) == 1 else None  # None: one per projection
+        self.adapted = Adapters(projections, dtype)
 
     def tensors(self) -> list[torch.Tensor | None]:
         return [tensor for p in self.projections for tensor in p.tensors]
 
-    # --- adapters -------------------------------------------------------------------------------------------------
+    # --- room for the adapters ------------------------------------------------------------------------------------
 
-    def _stacked_a(self) -> torch.Tensor:
-        """[rank, in_features] in the compute dtype."""
-        parts = [p.a.detach() for p in self.adapted if p.a is not None]
-        if len(parts) == 1:
-            return parts[0].to(self.dtype)
-        stacked = parts[0].new_empty(self.rank, self.in_features, dtype=self.dtype)
-        torch._foreach_copy_(list(stacked.split([len(a) for a in parts])), parts)
-        return stacked
+    def room(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """An empty buffer [tokens, in_features (+ rank)]: write x into its first ``in_features`` columns.
 
-    def _block_b(self) -> torch.Tensor:
-        """[out_features, rank] in the compute dtype, block-diagonal."""
-        if len(self.projections) == 1:
-            b = self.adapted[0].b
-            assert b is not None
-            return b.detach().to(self.dtype)
-        b0 = self.adapted[0].b
-        assert b0 is not None
-        block = b0.new_zeros(self.out_features, self.rank, dtype=self.dtype)
-        for p, rows, columns in self._blocks():
-            assert p.b is not None
-            block[rows, columns] = p.b.detach()
-        return block
-
-    def _blocks(self) -> list[tuple[Projection, slice, slice]]:
-        """(projection, its rows of y, its columns of x Aᵀ) of every adapted projection."""
-        blocks = []
-        row = column = 0
-        for p in self.projections:
-            if p.a is not None:
-                blocks.append((p, slice(row, row + p.shape[0]), slice(column, column + len(p.a))))
-                column += len(p.a)
-            row += p.shape[0]
-        return blocks
-
-    def _tiles(self, tensor: torch.Tensor) -> list[tuple[slice, slice]]:
-        """(rows of y, columns of x Aᵀ) of the products with B.
-
-        One, zeros included, saves launches on a GPU; a CPU has none to save, and a zero takes as long as a number.
+        :meth:`forward` and :meth:`products` take the whole buffer in place of x.
         """
-        if tensor.device.type == "cpu" and len(self.adapted) == len(self.projections):
-            return [(rows, columns) for _, rows, columns in self._blocks()]
-        return [(slice(0, self.out_features), slice(0, self.rank))]
+        return torch.empty(tokens, self.in_features + self._extra(device), dtype=self.dtype, device=device)
 
-    def _scaled_gb(self, g: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """scaling · g B [tokens, rank] for the block-diagonal B."""
-        tiles = self._tiles(g)
-        if len(tiles) == 1:
-            return self._scaled(g, b)
-        product = torch.empty(g.shape[0], self.rank, dtype=self.dtype, device=g.device)
-        for (rows, columns), p in zip(tiles, self.adapted, strict=True):
-            product[:, columns].addmm_(g[:, rows], b[rows, columns], beta=0, alpha=p.scaling)
-        return product
+    def gradient_room(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """An empty buffer [tokens, out_features (+ rank)]: write g into its first ``out_features`` columns.
 
-    def _scaled(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """scaling · left @ right [tokens, rank]; the factor is applied before the product is rounded if it is one."""
-        product = torch.empty(left.shape[0], right.shape[1], dtype=self.dtype, device=left.device)
-        product.addmm_(left, right, beta=0, alpha=1.0 if self.scaling is None else self.scaling)
-        if self.scaling is None:
-            for p, _, columns in self._blocks():
-                product[:, columns].mul_(p.scaling)
-        return product
+        :meth:`input_gradient` takes the whole buffer in place of g.
+        """
+        extra = 0 if self.adapted.dropout else self._extra(device)
+        return torch.empty(tokens, self.out_features + extra, dtype=self.dtype, device=device)
+
+    def _extra(self, device: torch.device) -> int:
+        """How many columns the adapters take beside x, 0 where they are not folded into the base product."""
+        rank = self.adapted.rank
+        if not folding(device) or rank % ALIGNMENT or self.dtype.itemsize != 2:
+            return 0
+        return rank if self._decodes() else 0
+
+    def _decodes(self) -> bool:
+        return any(not p.read().stored_densely for p in self.projections)
 
     # --- forward --------------------------------------------------------------------------------------------------
 
     def adapters(self, x: torch.Tensor) -> Kept:
-        """The skinny part of the forward: everything that the backward keeps."""
-        if not self.adapted:
-            return Kept()
-        a, b = self._stacked_a(), self._block_b()
-        if not self.dropout:
-            return Kept(self._scaled(x, a.t()), a, b, (None,) * len(self.adapted))
-        xa = torch.empty(x.shape[0], self.rank, dtype=self.dtype, device=x.device)
-        masks = []
-        for p, _, columns in self._blocks():  # PEFT drops the input of each adapter on its own, in this order
-            dropped, mask = drop(x, p.dropout)
-            masks.append(mask)
-            xa[:, columns].addmm_(dropped, a[columns].t(), beta=0, alpha=p.scaling)
-        return Kept(xa, a, b, tuple(masks))
+        """The skinny part of the forward: everything that the backward keeps. Fills the room beside x, if there is."""
+        kept = self.adapted.forward(x[:, : self.in_features])
+        if x.shape[1] > self.in_features and kept.xa is not None:
+            x[:, self.in_features :].copy_(kept.xa)
+        return kept
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-        """y [tokens, out_features] for x [tokens, in_features] in the compute dtype, and what the backward needs."""
+        """y [tokens, out_features] for x in the compute dtype, and what the backward needs.
+
+        x is [tokens, in_features], or a buffer of :meth:`room`.
+        """
         kept = self.adapters(x)
         return self.products(x, kept), kept
 
@@ -188,14 +86,14 @@ class Group:
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        if kept.xa is not None and kept.b is not None:
-            for rows, columns in self._tiles(x):
-                out[:, rows].addmm_(
-                    kept.xa[:, columns], kept.b[rows, columns].t(), beta=1 if start else 0, alpha=factor
-                )
-            start = True
-        for weight, rows in self._weights():
-            out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
+        if x.shape[1] > self.in_features:
+            assert kept.b is not None
+            weight = self._decoded(beside=kept.b)
+            out.addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
+        else:
+            start = self.adapted.add(out, kept, start, factor)
+            for weight, rows in self._weights():
+                out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         row = 0
         for p in self.projections:
             if p.bias is not None:
@@ -203,37 +101,31 @@ class Group:
             row += p.shape[0]
         return out
 
-    def _weights(self) -> list[tuple[torch.Tensor, slice]]:
-        """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
-        encoded = [p.read() for p in self.projections]
-        dense = [weight.dense(self.dtype) for weight in encoded]
-        device = encoded[0].tensors[0].device
-        if any(weight is None for weight in dense) and device.type != "cpu":  # a CPU gains nothing by one product
-            buffer = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
-            row = 0
-            for weight in encoded:
-                weight.decode(buffer[row : row + weight.shape[0]], self.ops)
-                row += weight.shape[0]
-            return [(buffer, slice(0, self.out_features))]
-        parts, row = [], 0
-        for weight, matrix in zip(encoded, dense, strict=True):
-            if matrix is None:
-                matrix = torch.empty(weight.shape, dtype=self.dtype, device=device)
-                weight.decode(matrix, self.ops)
-            parts.append((matrix, slice(row, row + len(matrix))))
-            row += len(matrix)
-        return parts
-
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
         self, g: torch.Tensor, kept: Kept, needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features]."""
-        gb = None if kept.b is None else self._scaled_gb(g, kept.b)
+        """The gradient of x (None if not wanted) and s · g B [tokens, rank].
+
+        g is [tokens, out_features], or a buffer of :meth:`gradient_room`.
+        """
+        room = g if g.shape[1] > self.out_features else None
+        g = g[:, : self.out_features]
+        # Copying g is cheaper than writing and reading dx once more where there are fewer outputs than inputs.
+        if room is None and needs_dx and self.out_features < self.in_features and kept.a is not None:
+            room = self.gradient_room(len(g), g.device)
+            if room.shape[1] > self.out_features:
+                room[:, : self.out_features].copy_(g)
+            else:
+                room = None
+        if room is not None and needs_dx:
+            gb = self.adapted.scaled_gb(g, kept, room[:, self.out_features :])
+            return room @ self._decoded(below=kept.a), gb
+        gb = self.adapted.scaled_gb(g, kept)
         if not needs_dx:
             return None, gb
-        dx = None if gb is None else self._adapter_dx(gb, kept)
+        dx = None if gb is None else self.adapted.dx(gb, kept)
         start = dx is not None
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
@@ -242,22 +134,12 @@ class Group:
             start = True
         return dx, gb
 
-    def _adapter_dx(self, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
-        assert kept.a is not None
-        if not self.dropout:
-            return gb @ kept.a
-        dx: torch.Tensor | None = None
-        for (p, _, columns), mask in zip(self._blocks(), kept.masks):
-            part = undrop(gb[:, columns] @ kept.a[columns], mask, p.dropout)
-            dx = part if dx is None else dx.add_(part)
-        assert dx is not None
-        return dx
-
     def parameter_gradients(
         self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]
     ) -> Grads:
         """Gradients of :meth:`tensors` where ``needs`` is true; ``x`` may be None if none of them is."""
         grads: Grads = [None] * len(needs)
+        x = None if x is None else x[:, : self.in_features]
         row = 0
         for i, p in enumerate(self.projections):
             part = g[:, row : row + p.shape[0]]
@@ -270,56 +152,47 @@ class Group:
                 grads[i * PER_PROJECTION + 1] = part.sum(0, dtype=torch.float32).to(p.bias.dtype)
             row += p.shape[0]
         if gb is not None and kept.xa is not None:
-            self._adapter_gradients(g, gb, x, kept, needs, grads)
+            self.adapted.parameter_gradients(g, gb, x, kept, needs, grads)
         return grads
 
-    def _adapter_gradients(
-        self,
-        g: torch.Tensor,
-        gb: torch.Tensor,
-        x: torch.Tensor | None,
-        kept: Kept,
-        needs: Sequence[bool],
-        grads: Grads,
-    ) -> None:
-        index = {id(p): i * PER_PROJECTION for i, p in enumerate(self.projections)}
-        shared: torch.Tensor | None = None  # the gradients of all A, in one product, where nothing was dropped
-        for (p, rows, columns), mask in zip(self._blocks(), kept.masks):
-            i = index[id(p)]
-            assert p.a is not None
-            assert p.b is not None
-            assert kept.xa is not None
-            if needs[i + 2]:
-                assert x is not None
-                if self.dropout:
-                    grads[i + 2] = mm(gb[:, columns].t(), undrop(x, mask, p.dropout), p.a.dtype)
-                else:
-                    if shared is None:
-                        shared = mm(gb.t(), x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
-                    grads[i + 2] = shared[columns].to(p.a.dtype)
-            if needs[i + 3]:
-                grads[i + 3] = mm(g[:, rows].t(), kept.xa[:, columns], p.b.dtype)
+    # --- base weights ---------------------------------------------------------------------------------------------
+
+    def _decoded(self, beside: torch.Tensor | None = None, below: torch.Tensor | None = None) -> torch.Tensor:
+        """All weights in one buffer, with B [out_features, rank] beside or A [rank, in_features] below them."""
+        encoded = [p.read() for p in self.projections]
+        columns = 0 if beside is None else beside.shape[1]
+        rows = 0 if below is None else below.shape[0]
+        shape = (self.out_features + rows, self.in_features + columns)
+        buffer = torch.empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
+        row = 0
+        for weight in encoded:
+            weight.decode(buffer[row : row + weight.shape[0], : self.in_features], self.ops)
+            row += weight.shape[0]
+        if beside is not None:
+            buffer[:, self.in_features :].copy_(beside)
+        if below is not None:
+            buffer[self.out_features :].copy_(below)
+        return buffer
+
+    def _weights(self) -> list[tuple[torch.Tensor, slice]]:
+        """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
+        encoded = [p.read() for p in self.projections]
+        if any(not weight.stored_densely for weight in encoded) and encoded[0].tensors[0].device.type != "cpu":
+            return [(self._decoded(), slice(0, self.out_features))]  # a CPU gains nothing by one product
+        parts, row = [], 0
+        for weight in encoded:
+            matrix = weight.dense(self.dtype)
+            if matrix is None:
+                matrix = torch.empty(weight.shape, dtype=self.dtype, device=weight.tensors[0].device)
+                weight.decode(matrix, self.ops)
+            parts.append((matrix, slice(row, row + len(matrix))))
+            row += len(matrix)
+        return parts
 
 
-def mm(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right in ``dtype``, from an fp32 accumulator without a rounding between where the backend can."""
-    if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(dtype)
+def folding(device: torch.device) -> bool:
+    """Whether folding the adapters into the base product pays: it saves memory traffic, of which a CPU has enough."""
+    return device.type != "cpu"
 
 
-def drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Inverted dropout, drawing random numbers exactly as ``torch.nn.functional.dropout`` does; the mask is bool."""
-    if p == 0.0:
-        return x, None
-    if x.is_cuda:
-        return torch.native_dropout(x, p, True)
-    keep = torch.empty_like(x).bernoulli_(1 - p).bool()
-    return undrop(x, keep, p), keep
-
-
-def undrop(x: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """Apply a saved dropout mask: x · mask / (1 - p)."""
-    if mask is None:
-        return x
-    return torch.where(mask, x * (1.0 / (1.0 - p)), 0.0) if p < 1 else torch.zeros_like(x)
+__all__ = ["Grads", "Group", "Kept", "Projection"]

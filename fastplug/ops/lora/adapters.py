@@ -1,0 +1,165 @@
+"""The skinny products of a group: everything in which A and B of its adapters take part.
+
+Adapters share one stacked A; B is laid out block-diagonally, so that one skinny product serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastplug.ops.lora.matmul import drop, mm, undrop
+from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
+
+
+class Block(NamedTuple):
+    """An adapted projection, its rows of y and its columns of x Aᵀ."""
+
+    projection: Projection
+    rows: slice
+    columns: slice
+
+
+class Adapters:
+    """The adapters of projections of one tensor x [tokens, in_features], computed in ``dtype``."""
+
+    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.count = len(projections)
+        self.out_features = sum(p.shape[0] for p in projections)
+        self.in_features = projections[0].shape[1]
+        self.blocks: list[Block] = []
+        row = column = 0
+        for p in projections:
+            if p.a is not None:
+                self.blocks.append(Block(p, slice(row, row + p.shape[0]), slice(column, column + len(p.a))))
+                column += len(p.a)
+            row += p.shape[0]
+        self.rank = column
+        self.dropout = any(block.projection.dropout for block in self.blocks)
+        scalings = {block.projection.scaling for block in self.blocks}
+        self.scaling = scalings.pop() if len(scalings) == 1 else None  # None: one per projection
+        self._index = {id(p): i * PER_PROJECTION for i, p in enumerate(projections)}
+
+    # --- matrices -------------------------------------------------------------------------------------------------
+
+    def _stacked_a(self) -> torch.Tensor:
+        """[rank, in_features] in the compute dtype."""
+        parts = [p.a.detach() for p, _, _ in self.blocks if p.a is not None]
+        if len(parts) == 1:
+            return parts[0].to(self.dtype)
+        stacked = parts[0].new_empty(self.rank, self.in_features, dtype=self.dtype)
+        torch._foreach_copy_(list(stacked.split([len(a) for a in parts])), parts)
+        return stacked
+
+    def _block_b(self) -> torch.Tensor:
+        """[out_features, rank] in the compute dtype, block-diagonal."""
+        b = self.blocks[0].projection.b
+        assert b is not None
+        if self.count == 1:
+            return b.detach().to(self.dtype)
+        block = b.new_zeros(self.out_features, self.rank, dtype=self.dtype)
+        targets = [block[rows, columns] for _, rows, columns in self.blocks]
+        torch._foreach_copy_(targets, [p.b.detach() for p, _, _ in self.blocks if p.b is not None])
+        return block
+
+    def tiles(self, tensor: torch.Tensor) -> list[tuple[slice, slice]]:
+        """(rows of y, columns of x Aᵀ) of the products with B.
+
+        One, zeros included, saves launches on a GPU; a CPU has none to save, and a zero takes as long as a number.
+        """
+        if tensor.device.type == "cpu" and len(self.blocks) == self.count:
+            return [(rows, columns) for _, rows, columns in self.blocks]
+        return [(slice(0, self.out_features), slice(0, self.rank))]
+
+    def _scaled(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """scaling · left @ right into ``out`` [tokens, rank]; the factor comes before the rounding if it is one."""
+        out.addmm_(left, right, beta=0, alpha=1.0 if self.scaling is None else self.scaling)
+        if self.scaling is None:
+            for p, _, columns in self.blocks:
+                out[:, columns].mul_(p.scaling)
+        return out
+
+    def _empty(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tokens, self.rank, dtype=self.dtype, device=like.device)
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> Kept:
+        """Everything that the backward keeps, for x [tokens, in_features] in the compute dtype."""
+        if not self.blocks:
+            return Kept()
+        a, b = self._stacked_a(), self._block_b()
+        xa = self._empty(len(x), x)
+        if not self.dropout:
+            return Kept(self._scaled(x, a.t(), xa), a, b, (None,) * len(self.blocks))
+        masks = []
+        for p, _, columns in self.blocks:  # PEFT drops the input of each adapter on its own, in this order
+            dropped, mask = drop(x, p.dropout)
+            masks.append(mask)
+            xa[:, columns].addmm_(dropped, a[columns].t(), beta=0, alpha=p.scaling)
+        return Kept(xa, a, b, tuple(masks))
+
+    def add(self, out: torch.Tensor, kept: Kept, start: bool, factor: float) -> bool:
+        """Write factor · xa Bᵀ into ``out`` [tokens, out_features], or add it if ``start``; whether out holds y now."""
+        if kept.xa is None or kept.b is None:
+            return start
+        for rows, columns in self.tiles(out):
+            out[:, rows].addmm_(kept.xa[:, columns], kept.b[rows, columns].t(), beta=1 if start else 0, alpha=factor)
+        return True
+
+    # --- backward -------------------------------------------------------------------------------------------------
+
+    def scaled_gb(self, g: torch.Tensor, kept: Kept, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """scaling · g B [tokens, rank] for g [tokens, out_features], into ``out`` where it is given."""
+        if kept.b is None:
+            return None
+        if out is None:
+            out = self._empty(len(g), g)
+        tiles = self.tiles(g)
+        if len(tiles) == 1:
+            return self._scaled(g, kept.b, out)
+        for (rows, columns), block in zip(tiles, self.blocks, strict=True):
+            out[:, columns].addmm_(g[:, rows], kept.b[rows, columns], beta=0, alpha=block.projection.scaling)
+        return out
+
+    def dx(self, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """The adapters' share of the gradient of x [tokens, in_features]."""
+        assert kept.a is not None
+        if not self.dropout:
+            return gb @ kept.a
+        dx: torch.Tensor | None = None
+        for (p, _, columns), mask in zip(self.blocks, kept.masks):
+            part = undrop(gb[:, columns] @ kept.a[columns], mask, p.dropout)
+            dx = part if dx is None else dx.add_(part)
+        assert dx is not None
+        return dx
+
+    def parameter_gradients(
+        self,
+        g: torch.Tensor,
+        gb: torch.Tensor,
+        x: torch.Tensor | None,
+        kept: Kept,
+        needs: Sequence[bool],
+        grads: Grads,
+    ) -> None:
+        """Fill in the gradients of A and B; see :meth:`Group.parameter_gradients`."""
+        shared: torch.Tensor | None = None  # the gradients of all A, in one product, where nothing was dropped
+        for (p, rows, columns), mask in zip(self.blocks, kept.masks):
+            i = self._index[id(p)]
+            assert p.a is not None
+            assert p.b is not None
+            assert kept.xa is not None
+            if needs[i + 2]:
+                assert x is not None
+                if self.dropout:
+                    grads[i + 2] = mm(gb[:, columns].t(), undrop(x, mask, p.dropout), p.a.dtype)
+                else:
+                    if shared is None:
+                        shared = mm(gb.t(), x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
+                    grads[i + 2] = shared[columns].to(p.a.dtype)
+            if needs[i + 3]:
+                grads[i + 3] = mm(g[:, rows].t(), kept.xa[:, columns], p.b.dtype)

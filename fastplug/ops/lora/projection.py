@@ -1,0 +1,72 @@
+"""A linear projection with its adapter as the ops see it, and what its forward leaves for its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from fastplug.quant.codec import EncodedWeight
+
+Grads = list[torch.Tensor | None]
+
+
+class Kept(NamedTuple):
+    """What a group's forward leaves for its backward, all of it small, or nothing without adapters.
+
+    Attributes:
+        xa: s · dropout(x) Aᵀ [tokens, rank].
+        a: The stacked A [rank, in_features] in the compute dtype.
+        b: The block-diagonal B [out_features, rank] in the compute dtype.
+        masks: The dropout masks [tokens, in_features] (bool), one per adapter, None where nothing was dropped.
+    """
+
+    xa: torch.Tensor | None = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    masks: tuple[torch.Tensor | None, ...] = ()
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """For ``save_for_backward``."""
+        return (self.xa, self.a, self.b, *self.masks)
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor | None]) -> Kept:
+        """From what :meth:`tensors` gave."""
+        return cls(tensors[0], tensors[1], tensors[2], tuple(tensors[3:]))
+
+
+PER_PROJECTION = 4  # weight, bias, A, B: what a projection hands to autograd, see Projection.tensors
+
+
+@dataclass
+class Projection:
+    """One linear projection as the ops see it.
+
+    Attributes:
+        read: Reads the weight as it is now. Called again in the backward, so that nothing unsharded or decoded is
+            kept between the two.
+        shape: (out_features, in_features).
+        bias: [out_features] or None.
+        a, b: The LoRA matrices [rank, in_features] and [out_features, rank], or None.
+        scaling: The factor on the LoRA update.
+        dropout: The probability with which the adapter's input is dropped; 0 outside training.
+        trained: The dense weight if it needs a gradient, else None.
+    """
+
+    read: Callable[[], EncodedWeight]
+    shape: tuple[int, int]
+    bias: torch.Tensor | None = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+    trained: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The tensors autograd has to know, in the order of the gradients that :class:`Group` returns."""
+        return self.trained, self.bias, self.a, self.b

@@ -1,0 +1,130 @@
+"""Adapters folded into the base product give what separate products give, outputs and every gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from fastplug.ops.lora import group as group_module
+from fastplug.ops.lora.attention_input import Norm
+from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
+from fastplug.ops.lora.group import Group, Projection
+from fastplug.ops.lora.linear import lora_linear
+from fastplug.ops.table import table_for
+from fastplug.quant.bnb4 import BitsAndBytes4
+from tests.accuracy import assert_as_accurate
+
+HIDDEN, INNER, TOKENS, RANK = 64, 128, 24, 8
+
+
+def projection(out_features: int, in_features: int, device: str, seed: int, dropout: float = 0.0) -> Projection:
+    torch.manual_seed(seed)
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    linear = bnb.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4")
+    linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    linear.to(device)
+    a = torch.nn.Parameter((torch.randn(RANK, in_features) / in_features**0.5).to(device))
+    b = torch.nn.Parameter((torch.randn(out_features, RANK) / RANK**0.5).to(device))
+    read = functools.partial(BitsAndBytes4().read, linear)
+    return Projection(read, (out_features, in_features), a=a, b=b, scaling=0.5 + 0.25 * seed, dropout=dropout)
+
+
+def dense(p: Projection, dtype: torch.dtype) -> torch.Tensor:
+    weight = p.read()
+    out = torch.empty(p.shape, dtype=torch.bfloat16, device=weight.tensors[0].device)
+    weight.decode(out, table_for(out.device))
+    return out.to(dtype)
+
+
+def linear_reference(p: Projection, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return x @ dense(p, x.dtype).t() + (x @ a.t()) @ b.t() * p.scaling
+
+
+def assert_accurate(fused, reference, inputs) -> None:
+    """Output and gradients of ``fused`` in bf16 against ``reference`` in bf16 and in fp64."""
+
+    def run(function, dtype):
+        leaves = [t.to(torch.bfloat16).to(dtype).requires_grad_() for t in inputs]
+        out = function(*leaves)
+        torch.manual_seed(5)
+        g = torch.randn(out.shape).to(out.device).to(torch.bfloat16)
+        return [out.detach(), *torch.autograd.grad(out, leaves, g.to(dtype))]
+
+    assert_as_accurate(run(fused, torch.bfloat16), run(reference, torch.bfloat16), run(reference, torch.float64))
+
+
+def mlp_reference(projections, x, residual, weight, *adapters):
+    h = x + residual
+    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * weight
+    gate, up, down = (functools.partial(linear_reference, p) for p in projections)
+    a = iter(adapters)
+    inner = torch.nn.functional.silu(gate(normed, next(a), next(a))) * up(normed, next(a), next(a))
+    return h + down(inner, next(a), next(a))
+
+
+@pytest.fixture(params=[True, False], ids=["folded", "separate"])
+def folded(request, monkeypatch):
+    monkeypatch.setattr(group_module, "folding", lambda device: request.param)
+    return request.param
+
+
+def test_room_is_for_the_adapters_only_where_they_are_folded(device, folded):
+    group = Group([projection(INNER, HIDDEN, device, 1), projection(INNER, HIDDEN, device, 2)], torch.bfloat16,
+                  table_for(torch.device(device)))  # fmt: skip
+    width = 2 * RANK if folded else 0
+    assert group.room(TOKENS, torch.device(device)).shape == (TOKENS, HIDDEN + width)
+    assert group.gradient_room(TOKENS, torch.device(device)).shape == (TOKENS, 2 * INNER + width)
+
+
+def test_no_room_for_a_dense_base_or_an_odd_rank(device, monkeypatch):
+    monkeypatch.setattr(group_module, "folding", lambda device: True)
+    where, ops = torch.device(device), table_for(torch.device(device))
+    odd = projection(INNER, HIDDEN, device, 1)
+    odd.a, odd.b = odd.a[:5], odd.b[:, :5]
+    assert Group([odd], torch.bfloat16, ops).room(TOKENS, where).shape[1] == HIDDEN
+    assert Group([projection(INNER, HIDDEN, device, 1)], torch.float32, ops).room(TOKENS, where).shape[1] == HIDDEN
+    dropped = Group([projection(INNER, HIDDEN, device, 1, dropout=0.5)], torch.bfloat16, ops)
+    assert dropped.room(TOKENS, where).shape[1] == HIDDEN + RANK  # x may be dropped for A alone
+    assert dropped.gradient_room(TOKENS, where).shape[1] == INNER  # but the adapter's part of dx is dropped too
+
+
+@pytest.mark.parametrize("shape", [(INNER, HIDDEN), (HIDDEN, INNER)], ids=["wide", "narrow"])
+def test_one_projection(device, folded, shape):
+    p = projection(*shape, device, 2)
+    ops = table_for(torch.device(device))
+
+    def fused(x, a, b):
+        p.a, p.b = a, b
+        return lora_linear(Group([p], x.dtype, ops), x)
+
+    x = torch.randn(TOKENS, shape[1], device=device)
+    assert_accurate(fused, functools.partial(linear_reference, p), (x, p.a.detach(), p.b.detach()))
+
+
+def test_a_gated_mlp(device, folded):
+    ops = table_for(torch.device(device))
+    projections = [projection(*shape, device, i) for i, shape in enumerate([(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)])]
+
+    def fused(x, residual, weight, *adapters):
+        for p, a, b in zip(projections, adapters[::2], adapters[1::2], strict=True):
+            p.a, p.b = a, b
+        spec = GatedMLP(Group(projections[:2], x.dtype, ops), Group(projections[2:], x.dtype, ops), "silu", Norm(1e-6))
+        return gated_mlp(spec, x, residual, weight)
+
+    inputs = [torch.randn(TOKENS, HIDDEN, device=device) for _ in range(2)] + [torch.rand(HIDDEN, device=device) + 0.5]
+    inputs += [t.detach() for p in projections for t in (p.a, p.b)]
+    assert_accurate(fused, functools.partial(mlp_reference, projections), inputs)
+
+
+def test_what_is_kept_for_the_backward_holds_no_buffer(device, monkeypatch):
+    monkeypatch.setattr(group_module, "folding", lambda device: True)
+    where = torch.device(device)
+    group = Group([projection(INNER, HIDDEN, device, 1)], torch.bfloat16, table_for(where))
+    room = group.room(TOKENS, where)
+    room[:, :HIDDEN].normal_()
+    _, kept = group.forward(room)
+    assert kept.xa is not None
+    assert kept.xa.untyped_storage().nbytes() == TOKENS * RANK * 2
