@@ -18,6 +18,7 @@ the pairs (bytes held, nanoseconds) that no other pair beats in both (Nemhauser 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -98,7 +99,16 @@ def solve(
             found = (found[0], found[1] + shared, found[2])
             best = found if best is None or found[:2] < best[:2] else best
     if best is None:
-        raise _error(layers, fixed, budget, head_peak, accumulating, host_budget, context, slack)
+        least = least_budget(
+            layers,
+            fixed,
+            head_peak=head_peak,
+            accumulating=accumulating,
+            host_budget=host_budget,
+            context=context,
+            slack=slack,
+        )
+        raise _error(fixed, budget, least, context)
     return assemble(
         layers,
         best[2],
@@ -195,7 +205,9 @@ def _within_host(layers: Sequence[LayerCosts], host_budget: int | None) -> list[
 
 def _with_shared(layers: Sequence[LayerCosts]) -> list[tuple[list[LayerCosts], int]]:
     """The layers with and without each policy that needs bytes of its own once, and those bytes."""
-    costly = sorted({p for layer in layers for p, cost in layer.policies.items() if cost.shared}, key=list(Policy).index)
+    costly = sorted(
+        {p for layer in layers for p, cost in layer.policies.items() if cost.shared}, key=list(Policy).index
+    )
     made = []
     for count in range(len(costly) + 1):
         for used in itertools.combinations(costly, count):
@@ -265,49 +277,69 @@ def _undominated(held: torch.Tensor, time: torch.Tensor, chosen: torch.Tensor, c
     return order
 
 
-def least_of(
-    layers: Sequence[LayerCosts], *, head_peak: int = 0, accumulating: bool = True, host_budget: int | None = None
-) -> Peak:
-    """The lowest peak that any choice of policies has, gradients included."""
-    found = None
-    for choice, _ in _with_shared(_within_host(layers, host_budget)):
-        # What a layer holds counts for all later ones, its own peak only once: take the least saved, then let the last
-        # layer's peak decide, where layers differ.
-        policies = [min(layer.policies, key=lambda p: (layer[p].saved, layer[p].backward_peak)) for layer in choice]
-        peak = peak_of(choice, policies, head_peak=head_peak, accumulating=accumulating)
-        for i, layer in enumerate(choice):
-            for policy in layer.policies:
-                other = [*policies[:i], policy, *policies[i + 1 :]]
-                now = peak_of(choice, other, head_peak=head_peak, accumulating=accumulating)
-                if now.bytes < peak.bytes:
-                    peak, policies = now, other
-        found = peak if found is None or peak.bytes < found.bytes else found
-    assert found is not None
-    return found
+def least_budget(
+    layers: Sequence[LayerCosts],
+    fixed_bytes: int | Mapping[str, int],
+    *,
+    head_peak: int = 0,
+    accumulating: bool = True,
+    host_budget: int | None = None,
+    context: int = 0,
+    slack: float = 0.0,
+) -> int:
+    """The smallest budget, in bytes, for which :func:`solve` finds a plan. The arguments are those of ``solve``."""
+    always = fixed_bytes if isinstance(fixed_bytes, int) else sum(fixed_bytes.values())
+    needs = [
+        shared + _least_room(choice, head_peak, accumulating)
+        for choice, shared in _with_shared(_within_host(layers, host_budget))
+    ]
+    return math.ceil((always + min(needs)) * (1 + slack)) + context + 1
+
+
+def _least_room(layers: Sequence[LayerCosts], head_peak: int, accumulating: bool) -> int:
+    """The lowest peak that any choice has, by bisection: whether a room suffices, a greedy choice tells."""
+    later = _gradients_after(layers, accumulating)
+    everything = sum(layer.gradients for layer in layers)
+    at_forward = everything if accumulating else 0
+
+    def suffices(room: int) -> bool:
+        held = 0
+        for i, layer in enumerate(layers):
+            fitting = [
+                cost.saved
+                for cost in layer.policies.values()
+                if held + max(cost.forward_peak + at_forward, cost.backward_peak + later[i]) <= room
+            ]
+            if not fitting:
+                return False
+            held += min(fitting)
+        return held + head_peak + at_forward <= room and everything <= room
+
+    low, high = 0, 1
+    while not suffices(high):
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
 
 
 def _error(
-    layers: Sequence[LayerCosts],
     fixed: Mapping[str, int],
     budget: int,
-    head_peak: int,
-    accumulating: bool,
-    host_budget: int | None,
+    least: int,
     context: int,
-    slack: float,
 ) -> DoesNotFit:
-    peak = least_of(layers, head_peak=head_peak, accumulating=accumulating, host_budget=host_budget)
-    always = sum(fixed.values())
-    least = int((always + peak.bytes) * (1 + slack)) + context + 1
+    always = sum(fixed.values()) + context
 
     def gib(size: float) -> str:
         return f"{size / 2**30:.2f} GiB"
 
     named = ", ".join(f"{name} {gib(size)}" for name, size in {**fixed, "CUDA context": context}.items() if size)
-    if always + context > budget:
-        why = f"what is there before the first step ({named}) is {gib(always + context)} alone"
+    if always > budget:
+        why = f"what is there before the first step is {gib(always)} alone ({named})"
     else:
-        why = f"the least that a step needs is {gib(least)}: {named}, and {gib(peak.bytes)} in {peak.moment}"
+        why = f"the least that a step needs is {gib(least)}, of which {gib(always)} are there before it ({named})"
     return DoesNotFit(
         f"fastplug: a budget of {gib(budget)} is too small: {why}; give a larger budget, a shorter sequence, a smaller "
         "batch or a smaller format of the weights",
