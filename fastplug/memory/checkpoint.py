@@ -11,7 +11,13 @@ from fastplug.patching.sites import Binding, FastForward
 
 
 def run(
-    policy: Policy, fast: FastForward, layer: nn.Module, binding: Binding, *, tile_rows: int | None = None, **kwargs: Any
+    policy: Policy,
+    fast: FastForward,
+    layer: nn.Module,
+    binding: Binding,
+    *,
+    tile_rows: int | None = None,
+    **kwargs: Any,
 ) -> Any:
     """The result of the layer's fast forward, run so that it keeps what ``policy`` says.
 
