@@ -29,6 +29,13 @@ class Options:
             never.
         residual_dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` casts the residual stream as it enters the
             decoder layers; None keeps the host's. (PEFT's ``prepare_model_for_kbit_training`` makes it float32.)
+        memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what is
+            free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted as
+            reserved memory plus the CUDA context; ``"keep"`` and ``"full"`` let every layer keep, or compute again, all
+            it can. Gradient checkpointing of the host is then a permission and no order. None plans nothing.
+        headroom: What the plan leaves of ``memory`` to others: an evaluation, a generation, a server on the same device.
+            An amount or a fraction of the device; by default none, but with ``"auto"`` a twentieth of the device.
+        memory_plan: The path of a saved plan (or of a checkpoint that has one) to train by, in the place of a new one.
         plugins: Whether packages that register the entry-point group ``fastplug`` take part.
     """
 
@@ -38,6 +45,9 @@ class Options:
     attention: Literal["auto", "host"] = "auto"
     graphs: Literal["auto", "on", "off"] = "auto"
     residual_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    memory: str | float | None = None
+    headroom: str | float | None = None
+    memory_plan: str | None = None
     plugins: bool = True
 
     def __post_init__(self) -> None:
@@ -53,6 +63,7 @@ class Options:
         _require_one_of("attention", self.attention, ("auto", "host"))
         _require_one_of("graphs", self.graphs, ("auto", "on", "off"))
         _require_one_of("residual_dtype", self.residual_dtype, ("bfloat16", "float16", "float32", None))
+        _check_memory(self)
 
     @classmethod
     def of(
@@ -84,6 +95,18 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for JSON and YAML."""
         return asdict(self)
+
+
+def _check_memory(options: Options) -> None:
+    if options.memory is not None or options.headroom is not None:
+        from fastplug.memory import budget
+
+        budget.check(options.memory, options.headroom)
+    if options.memory_plan is not None and not isinstance(options.memory_plan, str):
+        raise OptionError(f"fastplug: memory_plan must be a path, not {options.memory_plan!r}")
+    for name in ("headroom", "memory_plan"):
+        if getattr(options, name) is not None and options.memory is None:
+            raise OptionError(f"fastplug: {name} says something about a plan, and nothing is planned without memory=")
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
