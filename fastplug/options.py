@@ -29,13 +29,14 @@ class Options:
             never.
         residual_dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` casts the residual stream as it enters the
             decoder layers; None keeps the host's. (PEFT's ``prepare_model_for_kbit_training`` makes it float32.)
-        memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what is
-            free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted as
-            reserved memory plus the CUDA context; ``"keep"`` and ``"full"`` let every layer keep, or compute again, all
-            it can. Gradient checkpointing of the host is then a permission and no order. None plans nothing.
-        headroom: What the plan leaves of ``memory`` to others: an evaluation, a generation, a server on the same device.
-            An amount or a fraction of the device; by default none, but with ``"auto"`` a twentieth of the device.
-        memory_plan: The path of a saved plan (or of a checkpoint that has one) to train by, in the place of a new one.
+        memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what
+            is free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted
+            as reserved memory plus the CUDA context. ``"keep"`` lets every layer keep all it can use, ``"full"`` has it
+            compute all of it again. Gradient checkpointing of the host is then a permission and no order. None plans
+            nothing.
+        headroom: What the plan leaves of ``memory`` to others: an evaluation, a generation, a server on the device. An
+            amount or a fraction of the device; by default none, but with ``"auto"`` a twentieth of the device.
+        memory_plan: The path of a saved plan, or of a checkpoint that has one, to train by in the place of a new one.
         plugins: Whether packages that register the entry-point group ``fastplug`` take part.
     """
 
