@@ -42,6 +42,18 @@ def checkpointing() -> str:
     return "checkpointed" if first else "hooks"
 
 
+def recomputing() -> bool:
+    """Whether gradient checkpointing is computing a region again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or torch.compiler.is_compiling():
+        return False
+    countdown = getattr(hooks[0], "__self__", None)
+    if isinstance(countdown, Countdown):
+        return countdown.total is not None
+    pack = inspect.unwrap(hooks[0])
+    return getattr(pack, "__qualname__", None) == HOOK and pack.__module__ == "torch.utils.checkpoint"
+
+
 def tensors_left() -> int | None:
     """How many saved tensors the recomputation in progress still waits for before it stops.
 

@@ -56,6 +56,7 @@ class OpTable:
     glu: Any
     nf4: Any
     logprobs: Any
+    fp8: Any
 
     def __init__(self, chosen: Iterable[OpImplementation]) -> None:
         self.names: dict[str, str] = {}
@@ -140,7 +141,7 @@ def wanted(kernels: str, device: torch.device) -> tuple[str, ...]:
 
 
 BUILTIN = ("reference", "triton", "bitsandbytes")
-TRITON_OPS = ("rms_norm", "rope", "glu", "nf4", "logprobs")
+TRITON_OPS = ("rms_norm", "rope", "glu", "nf4", "logprobs", "fp8")
 
 
 @hookimpl

@@ -60,6 +60,7 @@ def _base(linear: nn.Module, runtime: Runtime) -> Projection | str:
         weight.shape,
         bias=linear.bias,  # type: ignore[arg-type]
         trained=trained,  # type: ignore[arg-type]
+        owner=linear,
     )
 
 

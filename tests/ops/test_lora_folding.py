@@ -20,7 +20,7 @@ from tests.accuracy import assert_as_accurate
 HIDDEN, INNER, TOKENS, RANK = 64, 128, 24, 8
 
 
-def projection(out_features: int, in_features: int, device: str, seed: int, dropout: float = 0.0) -> Projection:
+def projection(out_features: int, in_features: int, device: torch.device, seed: int, dropout: float = 0.0) -> Projection:
     torch.manual_seed(seed)
     weight = torch.randn(out_features, in_features) / in_features**0.5
     linear = bnb.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4")

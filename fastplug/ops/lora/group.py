@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from fastplug.ops.lora.adapters import Adapters
+from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.matmul import mm
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
@@ -24,13 +25,16 @@ ALIGNMENT = 8  # elements of 16 bits: rows of a buffer begin at multiples of 16 
 class Group:
     """Projections of one tensor x [tokens, in_features], computed in one dtype."""
 
-    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable) -> None:
+    def __init__(
+        self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable, fp8: Fp8 | None = None
+    ) -> None:
         self.projections = projections
         self.dtype = dtype
         self.ops = ops
         self.out_features = sum(p.shape[0] for p in projections)
         self.in_features = projections[0].shape[1]
         self.adapted = Adapters(projections, dtype)
+        self.fp8 = fp8 if fp8 is not None and fp8.covers(self) else None
 
     def tensors(self) -> list[torch.Tensor | None]:
         return [tensor for p in self.projections for tensor in p.tensors]
@@ -42,14 +46,15 @@ class Group:
 
         :meth:`forward` and :meth:`products` take the whole buffer in place of x.
         """
-        return torch.empty(tokens, self.in_features + self._extra(device), dtype=self.dtype, device=device)
+        extra = 0 if self.fp8 is not None and self.fp8.forward else self._extra(device)
+        return torch.empty(tokens, self.in_features + extra, dtype=self.dtype, device=device)
 
     def gradient_room(self, tokens: int, device: torch.device) -> torch.Tensor:
         """An empty buffer [tokens, out_features (+ rank)]: write g into its first ``out_features`` columns.
 
         :meth:`input_gradient` takes the whole buffer in place of g.
         """
-        extra = 0 if self.adapted.dropout else self._extra(device)
+        extra = 0 if self.adapted.dropout or self.fp8 is not None else self._extra(device)
         return torch.empty(tokens, self.out_features + extra, dtype=self.dtype, device=device)
 
     def _extra(self, device: torch.device) -> int:
@@ -83,17 +88,29 @@ class Group:
         self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
     ) -> torch.Tensor:
         """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
+        base = None if self.fp8 is None else self.fp8.output(self, x[:, : self.in_features])
+        if base is not None:
+            self.adapted.add(base, kept, True, 1.0)
+            out = base if out is None and factor == 1.0 else self._added(out, base, factor)
+            return self._biased(out, factor)
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
         if x.shape[1] > self.in_features:
             assert kept.b is not None
-            weight = self._decoded(beside=kept.b)
+            weight = self.decoded(beside=kept.b)
             out.addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         else:
             start = self.adapted.add(out, kept, start, factor)
             for weight, rows in self._weights():
                 out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
+        return self._biased(out, factor)
+
+    @staticmethod
+    def _added(out: torch.Tensor | None, base: torch.Tensor, factor: float) -> torch.Tensor:
+        return base.mul_(factor) if out is None else out.add_(base, alpha=factor)
+
+    def _biased(self, out: torch.Tensor, factor: float) -> torch.Tensor:
         row = 0
         for p in self.projections:
             if p.bias is not None:
@@ -112,6 +129,10 @@ class Group:
         """
         room = g if g.shape[1] > self.out_features else None
         g = g[:, : self.out_features]
+        if self.fp8 is not None and needs_dx:
+            gb = self.adapted.scaled_gb(g, kept)
+            base = self.fp8.input_gradient(self, g)
+            return base if gb is None else self.adapted.add_dx(base, gb, kept), gb
         # Copying g is cheaper than writing and reading dx once more where there are fewer outputs than inputs.
         if room is None and needs_dx and self.out_features < self.in_features and kept.a is not None:
             room = self.gradient_room(len(g), g.device)
@@ -121,7 +142,7 @@ class Group:
                 room = None
         if room is not None and needs_dx:
             gb = self.adapted.scaled_gb(g, kept, room[:, self.out_features :])
-            return room @ self._decoded(below=kept.a), gb
+            return room @ self.decoded(below=kept.a), gb
         gb = self.adapted.scaled_gb(g, kept)
         if not needs_dx:
             return None, gb
@@ -157,7 +178,7 @@ class Group:
 
     # --- base weights ---------------------------------------------------------------------------------------------
 
-    def _decoded(self, beside: torch.Tensor | None = None, below: torch.Tensor | None = None) -> torch.Tensor:
+    def decoded(self, beside: torch.Tensor | None = None, below: torch.Tensor | None = None) -> torch.Tensor:
         """All weights in one buffer, with B [out_features, rank] beside or A [rank, in_features] below them."""
         encoded = [p.read() for p in self.projections]
         columns = 0 if beside is None else beside.shape[1]
@@ -178,7 +199,7 @@ class Group:
         """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
         encoded = [p.read() for p in self.projections]
         if any(not weight.stored_densely for weight in encoded) and encoded[0].tensors[0].device.type != "cpu":
-            return [(self._decoded(), slice(0, self.out_features))]  # a CPU gains nothing by one product
+            return [(self.decoded(), slice(0, self.out_features))]  # a CPU gains nothing by one product
         parts, row = [], 0
         for weight in encoded:
             matrix = weight.dense(self.dtype)

@@ -55,6 +55,7 @@ class Projection:
         scaling: The factor on the LoRA update.
         dropout: The probability with which the adapter's input is dropped; 0 outside training.
         trained: The dense weight if it needs a gradient, else None.
+        owner: What the weight belongs to, so that what is derived from it can be found again.
     """
 
     read: Callable[[], EncodedWeight]
@@ -65,6 +66,7 @@ class Projection:
     scaling: float = 1.0
     dropout: float = 0.0
     trained: torch.Tensor | None = None
+    owner: object = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

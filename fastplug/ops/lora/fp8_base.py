@@ -1,0 +1,126 @@
+"""A group's base products in FP8: y = x Wᵀ and dx = g W, each with scales along its own rows and columns.
+
+A product of FP8 matrices on a Hopper GPU wants both operands with the summed dimension last, so dx takes W transposed,
+[in_features, out_features], with a scale for each input channel; y takes W as it is, with a scale for each output
+channel. Adapters are no part of this: they stay exact beside it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fastplug.ops.recompute import recomputing
+
+if TYPE_CHECKING:
+    from fastplug.ops.lora.group import Group
+
+MULTIPLE = 16  # of every dimension of an FP8 product, see torch._scaled_mm
+KEPT_SHARE = 0.5  # of the device's memory that has to stay free for weights to be kept in FP8
+
+
+class Quantized(NamedTuple):
+    """e4m3 values and their fp32 scales, one a row."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+
+class Kept(NamedTuple):
+    """A weight in FP8, whose it is, and where and which version of it was quantized."""
+
+    owners: list[weakref.ref[object]]
+    state: list[tuple[int, int]]
+    weight: Quantized
+
+
+@dataclass
+class Fp8:
+    """Which base products run in FP8.
+
+    Attributes:
+        forward: Whether y does. Else only dx, and a y that gradient checkpointing computes again.
+        keep: Whether weights stay in FP8 from step to step: True, False, or None for as long as half of the
+            device's memory stays free.
+    """
+
+    forward: bool
+    keep: bool | None = None
+    _kept: dict[tuple[int, ...], Kept] = field(default_factory=dict)
+
+    def covers(self, group: Group) -> bool:
+        """Whether all products of a group can be FP8: frozen weights, dimensions in multiples of 16."""
+        trained = any(p.trained is not None for p in group.projections)
+        return not trained and not any(size % MULTIPLE for p in group.projections for size in p.shape)
+
+    def output(self, group: Group, x: torch.Tensor) -> torch.Tensor | None:
+        """x Wᵀ [tokens, out_features], or None where y is to be exact."""
+        if not self.forward and not recomputing():
+            return None
+        fp8 = group.ops.fp8
+        return fp8.product(*fp8.quantize_rows(x), *self._weight(group, transposed=False), group.dtype)  # type: ignore[no-any-return]
+
+    def input_gradient(self, group: Group, g: torch.Tensor) -> torch.Tensor:
+        """g W [tokens, in_features]."""
+        fp8 = group.ops.fp8
+        return fp8.product(*fp8.quantize_rows(g), *self._weight(group, transposed=True), group.dtype)  # type: ignore[no-any-return]
+
+    def _weight(self, group: Group, transposed: bool) -> Quantized:
+        owners = [p.owner for p in group.projections]
+        if any(owner is None for owner in owners):
+            return _quantize(group, transposed)
+        key = (*map(id, owners), int(transposed))
+        state = _state(group)
+        kept = self._kept.get(key)
+        if kept is not None and kept.state == state and all(map(_same, kept.owners, owners)):
+            return kept.weight
+        self._kept.pop(key, None)
+        made = _quantize(group, transposed)
+        if self._keeps(made.values):
+            self._kept[key] = Kept([weakref.ref(owner) for owner in owners], state, made)
+        return made
+
+    def _keeps(self, values: torch.Tensor) -> bool:
+        if self.keep is not None or not values.is_cuda:
+            return bool(self.keep)
+        if torch.cuda.is_current_stream_capturing():
+            return False  # it would lie in the graph's memory
+        free, total = torch.cuda.mem_get_info(values.device)
+        cached = torch.cuda.memory_reserved(values.device) - torch.cuda.memory_allocated(values.device)
+        return free + cached > KEPT_SHARE * total
+
+
+def _state(group: Group) -> list[tuple[int, int]]:
+    stored = [p.read().tensors[0] for p in group.projections]
+    return [(tensor.data_ptr(), tensor._version) for tensor in stored]
+
+
+def _same(ref: weakref.ref[object], owner: object) -> bool:
+    return ref() is owner
+
+
+def _quantize(group: Group, transposed: bool) -> Quantized:
+    weight = group.decoded()
+    fp8 = group.ops.fp8
+    if not transposed:
+        return Quantized(*fp8.quantize_rows(weight))
+    scale = fp8.column_scales(weight)
+    return Quantized(fp8.quantize_columns(weight, scale), scale)
+
+
+def fp8_reason(device: torch.device) -> str | None:
+    """Why FP8 products cannot run on a device, or None if they can."""
+    if device.type == "cpu":
+        return None  # in fp32, for tests
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"FP8 products need an NVIDIA GPU, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return (
+            f"FP8 products need compute capability 8.9 or newer (Ada, Hopper, Blackwell), "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        )
+    return None
