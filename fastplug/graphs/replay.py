@@ -15,7 +15,9 @@ from fastplug.graphs.fingerprint import Fingerprint
 from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, KeptGraph, LayerGraph
 from fastplug.graphs.nodes import Checkpointed, Kept
 from fastplug.graphs.recorder import Recorder, recorder_for
+from fastplug.ops.document_attention import DocumentMask
 from fastplug.ops.recompute import Countdown, checkpointing
+from fastplug.patching.packed import attention_is_stock
 from fastplug.patching.sites import Binding, FastForward, NotCovered
 
 logger = logging.getLogger("fastplug")
@@ -27,7 +29,7 @@ SHARE = 0.25  # of the memory that is free when recording begins
 # Where the matrix products of a layer alone take longer than Python needs to launch it, a graph gains nothing: 6 ms, at
 # the 400 TFLOP/s that an H100 reaches in bf16. Slower GPUs hide the launches sooner.
 FLOPS = 400e12 * 6e-3
-INPUTS = {"hidden_states", "position_embeddings", "attention_mask"}
+INPUTS = {"hidden_states", "position_embeddings", "attention_mask", "mlp_memory"}
 HARMLESS = {"position_ids", "cache_position", "use_cache"}  # not read without a cache, under a mask of this kind
 CACHES = {"past_key_values", "past_key_value"}
 
@@ -130,11 +132,11 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], device: tor
             return None
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 4):
         return None
-    if mask is not None and mask.shape[2:] != (x.shape[1], x.shape[1]):
-        return None
+    if mask is not None and (type(mask) is DocumentMask or mask.shape[2:] != (x.shape[1], x.shape[1])):
+        return None  # where documents begin differs from row to row, and launches depend on it
     attention: Any = getattr(layer, binding.family.attention_name)
-    if attention.config._attn_implementation != "sdpa" or getattr(attention, "attention_dropout", 0.0):
-        return None
+    if not attention_is_stock(attention.config) or getattr(attention, "attention_dropout", 0.0):
+        return None  # another function may read what a recording does not see, such as the positions
     return (
         saving,
         x.shape[0],
@@ -145,6 +147,7 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], device: tor
         None if mask is None else (mask.dtype, *mask.shape[:2]),
         torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type),
         torch.are_deterministic_algorithms_enabled(),
+        kwargs.get("mlp_memory"),
     )
 
 
@@ -201,11 +204,12 @@ def _record(
     layer: nn.Module, binding: Binding, shared: Shared, shape: Any, kwargs: dict[str, Any], fast: FastForward
 ) -> LayerGraph | None:
     def compute(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        result = fast(layer, binding, hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask)
+        result = fast(layer, binding, hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask, **told)
         if type(result) is NotCovered:
             raise Uncovered(result.reason)
         return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
 
+    told = {name: kwargs[name] for name in ("mlp_memory",) if name in kwargs}
     recorder = shared.recorder
     assert recorder is not None
     x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]

@@ -60,11 +60,11 @@ def backward(
         dout, gate, up, activation: As in :func:`forward`.
         dgate, dup: [M, N], rows may be strided. May be ``gate`` and ``up``.
         out: [M, N] or None: receives :func:`forward`'s result again, for a backward that needs it (of the down
-            projection's adapter) without having kept it.
+            projection's adapter) without having kept it. May be ``dout``.
     """
     check_activation(activation)
     wide = torch.promote_types(gate.dtype, torch.float32)
-    g, u, d = gate.to(wide), up.to(wide), dout.to(wide)
+    g, u, d = gate.to(wide), up.to(wide), dout.to(wide, copy=out is dout)
     if activation == "silu":
         s = torch.sigmoid(g)
         slope = torch.neg(g).sigmoid_().mul_(g).add_(1).mul_(s)  # not 1 - s, which cancels

@@ -3,7 +3,10 @@
 h = x + residual, n = norm(h), out = h + factor · down(act(gate(n)) · up(n)).
 
 Kept for the backward: h, its 1/rms, gate and up. The normalised input and the activation are computed again, each in
-the pass that needs it anyway.
+the pass that needs it anyway. Where memory is short, gate and up are computed again too (``keep_gate_up=False``: the
+same products of the same operands, so the same bits), or the rows go through in tiles (``tile_rows``), so that gate, up
+and the activation never exist for the whole sequence; then only h is kept, and the gradients of the tiles are summed
+in fp32.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 import torch
 
 from fastplug.ops.lora.attention_input import Norm
+from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized
+from fastplug.ops.lora.gated_mlp_tiles import backward_in_tiles, forward_in_tiles
 from fastplug.ops.lora.group import Group, Kept
 from fastplug.ops.recompute import tensors_left
 
@@ -29,6 +34,8 @@ class GatedMLP:
         norm: The norm before gate and up, or None if the input is normalised already (and nothing is added).
         factor: The factor on the MLP's output where h is added to it (Granite's residual multiplier).
         joined: Whether h is added. Else it is returned beside the MLP's output, which another norm goes over first.
+        keep_gate_up: Whether gate and up stay for the backward.
+        tile_rows: How many rows (tokens) are computed at once, None for all; several tiles keep no gate and up.
     """
 
     gate_up: Group
@@ -37,12 +44,24 @@ class GatedMLP:
     norm: Norm | None = None
     factor: float = 1.0
     joined: bool = True
+    keep_gate_up: bool = True
+    tile_rows: int | None = None
 
     @property
     def widths(self) -> list[int]:
         """Channels of gate and up."""
         widths = [p.shape[0] for p in self.gate_up.projections]
         return widths if len(widths) == 2 else [widths[0] // 2] * 2
+
+    @property
+    def drops(self) -> bool:
+        """Whether an adapter drops its input."""
+        return any(p.dropout for group in (self.gate_up, self.down) for p in group.projections if p.a is not None)
+
+    def tiles(self, rows: int) -> list[slice]:
+        """The rows of each tile, at least one."""
+        size = max(1, min(self.tile_rows or rows, rows))
+        return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
 def gated_mlp(
@@ -70,35 +89,27 @@ class GatedMLPFunction(torch.autograd.Function):
         norm_weight: torch.Tensor | None,
         *tensors: torch.Tensor | None,
     ) -> Any:
-        ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
+        dtype = spec.gate_up.dtype
         rows = x.reshape(-1, spec.gate_up.in_features)
-        rstd = None
-        if spec.norm is None:
-            h, normed = rows, rows.to(dtype)
-        else:
-            residual_rows = None if residual is None else residual.reshape(rows.shape)
-            if residual_rows is not None and rows.dtype != residual_rows.dtype:
-                rows = rows.to(residual_rows.dtype)  # an fp32 residual stream under autocast
-            normed = spec.gate_up.room(len(rows), x.device)
-            _, h, rstd = ops.rms_norm.forward(
-                rows,
-                norm_weight,
-                spec.norm.eps,
-                residual=residual_rows,
-                out=normed[:, : spec.gate_up.in_features],
-                **spec.norm.kwargs(),
-            )
+        residual_rows = None if residual is None else residual.reshape(rows.shape)
+        if spec.norm is not None and residual_rows is not None and rows.dtype != residual_rows.dtype:
+            rows = rows.to(residual_rows.dtype)  # an fp32 residual stream under autocast
+        tiles = spec.tiles(len(rows))
+        ctx.spec, ctx.shapes = spec, (x.shape, x.dtype, None if residual is None else residual.dtype)
+        ctx.set_materialize_grads(False)
+        if len(tiles) > 1:
+            h = rows if spec.norm is None or residual_rows is None else rows + residual_rows
+            return forward_in_tiles(ctx, spec, h, norm_weight, tiles, x.shape)
+
+        normed, h, rstd = normalized(spec, rows, norm_weight, residual_rows)
         gate_up, kept = spec.gate_up.forward(normed)
         del normed
-        gate, up = gate_up.split(spec.widths, dim=-1)
-        hidden = spec.down.room(len(rows), x.device)
-        ops.glu.forward(gate, up, spec.activation, hidden[:, : up.shape[1]])
-        ctx.spec, ctx.shapes = spec, (x.shape, x.dtype, None if residual is None else residual.dtype)
-        ctx.count = len(kept.tensors())
+        hidden = activated(spec, gate_up)
         down_kept = spec.down.adapters(hidden)
-        saved = (h, rstd, norm_weight, gate_up, *kept.tensors(), *down_kept.tensors())
+        saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.tensors(), *down_kept.tensors())
+        del gate_up
+        ctx.count = len(kept.tensors())
         ctx.save_for_backward(*saved)
-        ctx.set_materialize_grads(False)
         if not spec.joined and spec.norm is not None:
             return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)
         if tensors_left() == sum(tensor is not None for tensor in saved):
@@ -112,14 +123,9 @@ class GatedMLPFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor | None, dh: torch.Tensor | None = None) -> tuple[Any, ...]:
         spec: GatedMLP = ctx.spec
-        ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
         h, rstd, norm_weight, gate_up, *rest = ctx.saved_tensors
-        kept, down_kept = Kept.of(rest[: ctx.count]), Kept.of(rest[ctx.count :])
         needs = ctx.needs_input_grad
         shape, x_dtype, residual_dtype = ctx.shapes
-        inner = 4 + len(spec.gate_up.tensors())
-        needs_input = needs[1] or needs[2] or needs[3]
-
         stream = None if dh is None else dh.reshape(h.shape)
         if g is None:  # nobody used the MLP's output
             dx = None if stream is None else stream.view(shape)
@@ -128,37 +134,13 @@ class GatedMLPFunction(torch.autograd.Function):
         g = g.reshape(h.shape)
         if spec.joined:
             stream = g
-        g = g.to(dtype)
-        if spec.factor != 1.0:
-            g = g * spec.factor
-        gate, up = gate_up.split(spec.widths, dim=-1)
-        # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
-        d_hidden, gb = spec.down.input_gradient(g, down_kept, True)
-        assert d_hidden is not None
-        d_gate_up = spec.gate_up.gradient_room(len(g), g.device)
-        d_gate, d_up = d_gate_up[:, : spec.gate_up.out_features].split(spec.widths, dim=-1)
-        hidden = torch.empty_like(d_hidden) if any(needs[inner:]) else None
-        ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden)
-        del d_hidden
-        down_grads = spec.down.parameter_gradients(g, gb, hidden, down_kept, needs[inner:])
-        del hidden
-
-        d_normed, gb = spec.gate_up.input_gradient(d_gate_up, kept, needs_input)
-        normed = None
-        if any(needs[4:inner]):
-            normed = h.to(dtype)
-            if spec.norm is not None:
-                normed, _, _ = ops.rms_norm.forward(
-                    h, norm_weight, spec.norm.eps, out_dtype=dtype, **spec.norm.kwargs()
-                )
-        gate_up_grads = spec.gate_up.parameter_gradients(d_gate_up, gb, normed, kept, needs[4:inner])
-        del d_gate_up
-        dx, d_norm_weight = d_normed, None
-        if spec.norm is not None and d_normed is not None:
-            dx, d_norm_weight = ops.rms_norm.backward(
-                d_normed, h, rstd, norm_weight, dh=stream, weight_grad=needs[3], **spec.norm.kwargs()
-            )
+        tiles = spec.tiles(len(h))
+        if len(tiles) > 1:
+            dx, d_norm_weight, grads = backward_in_tiles(ctx, spec, g, h, norm_weight, rest, stream, tiles)
+        else:
+            kept = (Kept.of(rest[: ctx.count]), Kept.of(rest[ctx.count :]))
+            dx, d_norm_weight, grads = backward(spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs)
         dx = None if dx is None else dx.view(shape)
         d_residual = dx.to(residual_dtype) if dx is not None and needs[2] and residual_dtype is not None else None
         d_input = dx.to(x_dtype) if dx is not None and needs[1] else None
-        return None, d_input, d_residual, d_norm_weight, *gate_up_grads, *down_grads
+        return None, d_input, d_residual, d_norm_weight, *grads

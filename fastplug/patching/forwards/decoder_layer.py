@@ -6,12 +6,14 @@ their own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastplug.graphs.replay import replayed
+from fastplug.memory.policy import MLPMemory
 from fastplug.ops.lora.gated_mlp import gated_mlp
 from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import layer_by_row
@@ -25,6 +27,7 @@ from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime
 def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
     x: torch.Tensor = kwargs.pop("hidden_states")
+    memory: MLPMemory | None = kwargs.pop("mlp_memory", None)
     family, runtime = binding.family, binding.runtime
     if runtime.options.residual_dtype is not None:
         x = x.to(getattr(torch, runtime.options.residual_dtype))
@@ -43,6 +46,8 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     mlp_plan = mlp_forward.plan(mlp, family, runtime, x, after[1])
     if isinstance(mlp_plan, str):
         return NotCovered(mlp_plan)
+    if memory is not None:
+        mlp_plan = replace(mlp_plan, keep_gate_up=memory.keep_gate_up, tile_rows=memory.tile_rows)
     mixed, stream, _ = attention_forward.run(attention_plan, attention, family, runtime, x, kwargs)
     out = gated_mlp(mlp_plan, mixed, stream, after[0])
     return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastplug.families import Family
 from fastplug.graphs.replay import replayed
+from fastplug.memory.policy import MLPMemory
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
 from fastplug.ops.rms_norm.autograd import rms_norm
 from fastplug.patching.bind import parameter_names
@@ -45,6 +46,7 @@ class Plan:
 def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
     x: torch.Tensor = kwargs.pop("hidden_states")
+    memory: MLPMemory | None = kwargs.pop("mlp_memory", None)
     family, runtime = binding.family, binding.runtime
     if runtime.options.residual_dtype is not None:
         x = x.to(getattr(torch, runtime.options.residual_dtype))
@@ -58,6 +60,9 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     planned = plan(layer, attention, mlp, family, runtime, x, kwargs)
     if isinstance(planned, str):
         return NotCovered(planned)
+    if memory is not None and isinstance(planned.mlp, GatedMLP):
+        told = replace(planned.mlp, keep_gate_up=memory.keep_gate_up, tile_rows=memory.tile_rows)
+        planned = replace(planned, mlp=told)
     entering = planned.before(x) if callable(planned.before) else x
     if family.input_norm is not None and not callable(planned.before) and _shares_norm(layer, family):
         entering = _normed(planned.before, x, runtime)

@@ -1,0 +1,122 @@
+"""What a gated MLP computes on some rows of its input, forward and backward: see ``gated_mlp.py``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastplug.ops.lora.group import Grads, Group, Kept
+
+if TYPE_CHECKING:
+    from fastplug.ops.lora.gated_mlp import GatedMLP
+
+
+def normalized(
+    spec: GatedMLP, rows: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The input of gate and up (after a norm in a buffer of :meth:`Group.room`), rows + residual, and 1/rms."""
+    if spec.norm is None:
+        return rows.to(spec.gate_up.dtype), rows, None
+    normed = spec.gate_up.room(len(rows), rows.device)
+    _, h, rstd = spec.gate_up.ops.rms_norm.forward(
+        rows,
+        weight,
+        spec.norm.eps,
+        residual=residual,
+        out=normed[:, : spec.gate_up.in_features],
+        **spec.norm.kwargs(),
+    )
+    return normed, h, rstd
+
+
+def activated(spec: GatedMLP, gate_up: torch.Tensor) -> torch.Tensor:
+    """act(gate) · up, in a buffer of :meth:`Group.room`."""
+    gate, up = gate_up.split(spec.widths, dim=-1)
+    hidden = spec.down.room(len(gate_up), gate_up.device)
+    spec.down.ops.glu.forward(gate, up, spec.activation, hidden[:, : up.shape[1]])
+    return hidden
+
+
+def backward(
+    spec: GatedMLP,
+    g: torch.Tensor,
+    h: torch.Tensor,
+    rstd: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    gate_up: torch.Tensor | None,
+    kept: tuple[Kept, Kept] | None,
+    stream: torch.Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Grads]:
+    """The gradients of x + residual [rows, hidden], of the norm's weight, and of all projections' tensors.
+
+    Args:
+        spec: The node's.
+        g: The gradient of the MLP's output [rows, hidden].
+        h: x + residual [rows, hidden].
+        rstd, gate_up, kept: What the forward kept, None to compute it again; rstd and kept only with gate_up.
+        norm_weight: [hidden] or None.
+        stream: The gradient that h has from elsewhere [rows, hidden], or None.
+        needs: Which arguments of the node need a gradient.
+    """
+    ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
+    inner = 4 + len(spec.gate_up.tensors())
+    needs_hidden = any(needs[inner:])
+    g = g.to(dtype)
+    if spec.factor != 1.0:
+        g = g * spec.factor
+    overwrite, late = gate_up is None, kept is None
+    if gate_up is None:
+        gate_up, rstd, kept = _recomputed(spec, h, norm_weight, kept)
+    assert kept is not None
+    gate_up_kept, down_kept = kept
+    gate, up = gate_up.split(spec.widths, dim=-1)
+    # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
+    hidden, gb = spec.down.input_gradient(g, down_kept, True)
+    assert hidden is not None
+    compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
+    overwrite = overwrite and not compiling and not _has_gradient_room(spec.gate_up, g.device)
+    d_gate_up = gate_up if overwrite else spec.gate_up.gradient_room(len(g), g.device)
+    d_gate, d_up = d_gate_up[:, : spec.gate_up.out_features].split(spec.widths, dim=-1)
+    d_hidden = hidden
+    if needs_hidden and compiling:
+        hidden = torch.empty_like(d_hidden)
+    ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden if needs_hidden else None)
+    del d_hidden, gate_up, gate, up
+    if needs_hidden and late:
+        down_kept = spec.down.adapters(hidden)
+    down_grads = spec.down.parameter_gradients(g, gb, hidden if needs_hidden else None, down_kept, needs[inner:])
+    del hidden
+
+    d_normed, gb = spec.gate_up.input_gradient(d_gate_up, gate_up_kept, needs[1] or needs[2] or needs[3])
+    normed = None
+    if any(needs[4:inner]):
+        normed = h.to(dtype)
+        if spec.norm is not None:
+            normed, _, _ = ops.rms_norm.forward(h, norm_weight, spec.norm.eps, out_dtype=dtype, **spec.norm.kwargs())
+    gate_up_grads = spec.gate_up.parameter_gradients(d_gate_up, gb, normed, gate_up_kept, needs[4:inner])
+    del d_gate_up
+    d_norm_weight = None
+    if spec.norm is not None and d_normed is not None:
+        d_normed, d_norm_weight = ops.rms_norm.backward(
+            d_normed, h, rstd, norm_weight, dh=stream, weight_grad=needs[3], **spec.norm.kwargs()
+        )
+    return d_normed, d_norm_weight, [*gate_up_grads, *down_grads]
+
+
+def _recomputed(
+    spec: GatedMLP, h: torch.Tensor, weight: torch.Tensor | None, kept: tuple[Kept, Kept] | None
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Kept, Kept]]:
+    """Gate and up [rows, 2 width], 1/rms, and what the groups keep: of down A and B only, where it was not kept."""
+    normed, _, rstd = normalized(spec, h, weight)
+    if kept is None:
+        nothing = torch.empty(0, spec.down.in_features, dtype=spec.down.dtype, device=h.device)
+        kept = spec.gate_up.adapters(normed), spec.down.adapters(nothing)
+    elif normed.shape[1] > spec.gate_up.in_features and kept[0].xa is not None:
+        normed[:, spec.gate_up.in_features :].copy_(kept[0].xa)
+    return spec.gate_up.products(normed, kept[0]), rstd, kept
+
+
+def _has_gradient_room(group: Group, device: torch.device) -> bool:
+    return group.gradient_room(0, device).shape[1] > group.out_features
