@@ -1,4 +1,4 @@
-"""The shapes that are measured: random weights in the dimensions of published models."""
+"""The shapes that are measured: the dimensions of published models."""
 
 from __future__ import annotations
 
@@ -47,40 +47,23 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False,
         },
     ),
+    "tiny": (  # for a trial of the benchmark itself, also on a CPU
+        "Llama",
+        {
+            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+            "tie_word_embeddings": False,
+        },
+    ),
 }  # fmt: skip
 
 
-def build(shape: str, layers: int | None = None, device: str = "cuda") -> Any:
-    """A causal LM of a shape with random bf16 weights on ``device``."""
-    import torch
+def config(shape: str, layers: int | None = None) -> Any:
+    """The transformers configuration of a shape, with ``layers`` layers instead of all."""
     import transformers
 
     family, dimensions = SHAPES[shape]
     dimensions = {**_COMMON, **dimensions}
     if layers is not None:
         dimensions["num_hidden_layers"] = layers
-    config = getattr(transformers, f"{family}Config")(**dimensions)
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return getattr(transformers, f"{family}ForCausalLM")(config)
-    finally:
-        torch.set_default_dtype(default)
-
-
-def write(shape: str, path: str, layers: int | None = None) -> None:
-    """Save a model of a shape, with a word-level tokenizer, where every system can load it from."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    model = build(shape, layers)
-    model.save_pretrained(path, max_shard_size="4GB")
-    special = ["<s>", "</s>", "<pad>", "<unk>"]
-    words = special + [f"w{i}" for i in range(len(special), model.config.vocab_size)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(path)
+    return getattr(transformers, f"{family}Config")(**dimensions)

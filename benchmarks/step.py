@@ -1,233 +1,154 @@
 """Whole training steps of fastplug and its peers on one GPU, in one run.
 
     python -m benchmarks.step --shape llama-3.1-8b --row qlora:4x2048 --row qlora:4x2048:checkpointed
+    python -m benchmarks.step --shape llama-3.1-8b --row qlora:2x1024 --lengths random --steps 200
+    python -m benchmarks.step --systems hf,unsloth,fastplug,fastplug-graphs-off --row qlora:2x512 --out step.json
 
-Every system loads the same random weights, sees the same tokens and runs the same loop: forward, backward, fused AdamW
-on the LoRA weights. A process loads one system once, for all of its rows that differ in batch and length only, larger
-ones first. Before a ratio is printed, each system's first losses, gradient norm
-and number of LoRA tensors without a gradient are compared with those of transformers + PEFT.
+Every system has the same random weights, sees the same tokens and runs the same loop: forward, backward, fused AdamW on
+the LoRA weights. Each system is a process; all import at the same time, before anything is measured, and one alone runs
+at a time. Before a ratio is printed, loss, gradient norm and the number of LoRA tensors without a gradient are compared
+with those of transformers + PEFT, or of the first system where that one does not run.
 
 A row is ``qlora`` or ``lora``, then BATCHxSEQUENCE, then any of ``checkpointed``, ``prepared`` (PEFT's k-bit
-preparation: an fp32 residual stream), ``autocast``. Peers that are not installed are left out, with the reason.
+preparation: an fp32 residual stream), ``autocast``, ``random``; ``table`` stands for the six rows of the documentation.
+The system ``hf-prepared`` runs a row with PEFT's preparation beside others without. With random lengths a row is
+measured from its first step on in a process of its own with empty compiler caches: warming up, compiling and recording
+are part of the time. Systems that are not installed are left out, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import SHAPES, write
+from benchmarks.hardware import hardware, versions
+from benchmarks.measure import Effort
+from benchmarks.pool import Pool, key
+from benchmarks.report import brief, check, oracle, table
+from benchmarks.rows import TABLE, Row
+from benchmarks.shapes import SHAPES
+from benchmarks.systems import FROM_FOLDER, SYSTEMS, System
+from benchmarks.weights import room
 
-SYSTEMS = ("hf", "liger", "axolotl", "unsloth", "fastplug")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One setting that all systems run."""
-
-    quantization: str
-    batch: int
-    sequence: int
-    checkpointed: bool = False
-    prepared: bool = False
-    autocast: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Row:
-        kind, size, *flags = text.split(":")
-        batch, sequence = size.split("x")
-        if kind not in ("qlora", "lora") or set(flags) - {"checkpointed", "prepared", "autocast"}:
-            raise argparse.ArgumentTypeError(f"{text!r}: see python -m benchmarks.step --help")
-        return cls(
-            kind, int(batch), int(sequence), *(flag in flags for flag in ("checkpointed", "prepared", "autocast"))
-        )
-
-    @property
-    def loading(self) -> tuple[Any, ...]:
-        """What a model has to be loaded anew for."""
-        return self.quantization, self.checkpointed, self.prepared
-
-    def __str__(self) -> str:
-        flags = [flag for flag in ("checkpointed", "prepared", "autocast") if getattr(self, flag)]
-        return ":".join([self.quantization, f"{self.batch}x{self.sequence}", *flags])
+Run = tuple[System, Row]
 
 
-def worker(system: str, path: str, rows: list[Row], warmup: int, steps: int) -> None:
-    """Load one system and print a line of JSON for each of its rows."""
-    from benchmarks.systems import load
-
-    first, started = rows[0], time.time()
-    model = load(
-        system, path, qlora=first.quantization == "qlora", checkpointing=first.checkpointed,
-        sequence=max(row.sequence for row in rows), prepared=first.prepared,
-    )  # fmt: skip
-    load_s = round(time.time() - started, 1)
-    for row in rows:
-        result = {"system": system, "row": str(row), "load_s": load_s, **measure(model.train(), row, warmup, steps)}
-        print("RESULT " + json.dumps(result), flush=True)
-
-
-def measure(model: Any, row: Row, warmup: int, steps: int) -> dict[str, Any]:
-    """Milliseconds a step (median, by CUDA events), peak GiB, losses and gradients of one row."""
-    import torch
-
-    torch.cuda.empty_cache()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():  # B starts at zero, which makes every gradient of A zero and proves nothing
-        for name, p in sorted(model.named_parameters()):
-            if p.requires_grad and "lora_" in name:
-                generator = torch.Generator().manual_seed(sum(map(ord, name.split("layers.")[-1])))
-                p.copy_(torch.randn(p.shape, generator=generator) * (0.01 if "lora_A" in name else 0.005))
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    torch.manual_seed(1)
-    vocabulary = model.config.vocab_size
-    data = [torch.randint(4, vocabulary - 100, (row.batch, row.sequence), device="cuda") for _ in range(4)]
-
-    def loss_of(i: int) -> torch.Tensor:
-        x = data[i % 4]
-        with torch.autocast("cuda", torch.bfloat16, enabled=row.autocast):
-            return model(input_ids=x, labels=x).loss  # type: ignore[no-any-return]
-
-    def step(i: int) -> torch.Tensor:
-        loss = loss_of(i)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    loss = loss_of(0)  # a fast step without a gradient is not fast
-    loss.backward()
-    norms = torch.stack(
-        [torch.zeros((), device="cuda") if p.grad is None else p.grad.float().norm() for p in parameters]
-    )
-    grad_norm, dead, first_loss = float(norms.norm()), int((norms == 0).sum()), float(loss)
-    optimizer.zero_grad(set_to_none=True)
-    del loss
-    started = time.time()
-    losses = [float(step(i)) for i in range(warmup)]
-    torch.cuda.synchronize()
-    warm_s = time.time() - started
-    torch.cuda.reset_peak_memory_stats()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(steps)]
-    for i, (start, end) in enumerate(events):
-        start.record()
-        step(i)
-        end.record()
-        torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in events)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step(0)
-        torch.cuda.synchronize()
-    kernels = [e for e in profiled.key_averages() if e.self_device_time_total]
-    busy = sum(e.self_device_time_total for e in kernels) / 1e3
-    top = sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]
-    return {
-        "ms": round(times[len(times) // 2], 1), "ms_min": round(times[0], 1),
-        "busy_ms": round(busy, 1), "tokens_per_s": round(row.batch * row.sequence / times[len(times) // 2] * 1e3),
-        "peak_gib": round(peak, 2), "loss": round(first_loss, 5), "later_losses": [round(x, 4) for x in losses],
-        "grad_norm": round(grad_norm, 6), "dead": dead, "warm_s": round(warm_s, 1),
-        "gpu": torch.cuda.get_device_name(),
-        "kernels": [(e.key[:90], e.count, round(e.self_device_time_total / 1e3, 2)) for e in top],
-    }  # fmt: skip
-
-
-def check(result: dict[str, Any], reference: dict[str, Any] | None) -> str:
-    """Why a result does not count, or an empty string. The oracle is the unpatched model in the same run."""
-    if result.get("error"):
-        return str(result["error"])
-    if result["dead"]:
-        return f"{result['dead']} LoRA tensors got no gradient"
-    if reference is None or reference.get("error"):
-        return ""
-    if abs(result["loss"] - reference["loss"]) > 5e-3 * reference["loss"]:
-        return f"loss {result['loss']} against {reference['loss']}"
-    if abs(result["grad_norm"] - reference["grad_norm"]) > 0.03 * reference["grad_norm"]:
-        return f"gradient norm {result['grad_norm']} against {reference['grad_norm']}"
-    return ""
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "axolotl", "unsloth"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "-"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    found["fastplug"] = os.environ.get("FASTPLUG_COMMIT") or commit.stdout.strip() or "unknown"
-    return found
-
-
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--row", dest="rows", type=Row.parse, action="append")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument(
-        "--run", action="append", default=[], metavar="SYSTEM=ROW", help="single runs instead of a grid"
-    )
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--path", default=os.path.join(tempfile.gettempdir(), "fastplug-bench"))
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.worker:
-        worker(a.worker[0], a.path, [Row.parse(row) for row in a.worker[1:]], a.warmup, a.steps)
-        return
-    path = f"{a.path}-{a.shape}-{a.layers or 'all'}"
-    if not os.path.exists(os.path.join(path, "config.json")):
-        write(a.shape, path, a.layers)
-    runs = [(text.split("=")[0], Row.parse(text.split("=")[1])) for text in a.run] or [
-        (system, row) for row in a.rows or [Row("qlora", 4, 2048)] for system in a.systems.split(",")
-    ]
+    parser.add_argument("--row", dest="rows", action="append", default=[], help="see above; default: table")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="joined by commas; see benchmarks/systems.py")
+    parser.add_argument("--run", action="append", default=[], metavar="SYSTEM=ROW", help="single runs, not a grid")
+    parser.add_argument("--lengths", choices=("fixed", "random"), default="fixed")
+    parser.add_argument("--warmup", type=int, default=Effort.warmup)
+    parser.add_argument("--steps", type=int, default=Effort.steps)
+    parser.add_argument("--seconds", type=float, default=Effort.seconds, help="at most, of a row's timed steps")
+    parser.add_argument("--no-profile", action="store_true", help="no busy time and no list of kernels")
+    parser.add_argument("--timeout", type=float, default=400.0, help="seconds for one row of one system")
+    parser.add_argument("--out", type=Path, help="JSON with hardware, versions, commit and all results")
+    parser.add_argument("--chart", type=Path, help="PNG")
+    parser.add_argument("--path", help="folder for the weights of systems that load them from one")
+    return parser
+
+
+def planned(a: argparse.Namespace) -> list[Run]:
+    """The runs in their order: rows that share a loading together, within them one system after another, and the longer
+    rows of each first (what a shorter one needs is then allocated)."""
+    if a.run:
+        pairs = [text.rpartition("=") for text in a.run]
+        return [(System.parse(name), _row(row, a.lengths)) for name, _, row in pairs]
+    texts = [row for text in a.rows or ["table"] for row in (TABLE if text == "table" else (text,))]
+    rows = [_row(text, a.lengths) for text in texts]
+    systems = [System.parse(name) for name in a.systems.split(",")]
+    runs: list[Run] = []
+    for loading in dict.fromkeys((row.loading, row.random) for row in rows):
+        mine = [row for row in rows if (row.loading, row.random) == loading]
+        mine.sort(key=lambda row: -row.batch * row.sequence)
+        runs += [(system, row) for system in systems for row in mine]
+    return runs
+
+
+def _row(text: str, kind: str) -> Row:
+    row = Row.parse(text)
+    return Row(**{**asdict(row), "random": True}) if kind == "random" else row
+
+
+def main() -> None:
+    a = arguments().parse_args()
+    started = time.time()
+
+    def log(text: str) -> None:
+        print(f"[{time.time() - started:6.1f} s] {text}", flush=True)
+
+    runs = planned(a)
+    folder = a.path or f"{room(a.shape, a.layers)}/fastplug-bench-{a.shape}-{a.layers or 'all'}"
+    writer = None
+    if any(system.base in FROM_FOLDER for system, _ in runs) and not Path(folder, "config.json").exists():
+        command = [sys.executable, "-m", "benchmarks.weights", a.shape, folder]
+        command += ["--layers", str(a.layers)] if a.layers else []
+        writer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        log(f"writing the weights into {folder}")
+    pool = Pool(a.shape, a.layers, folder, log, a.timeout)
     results: list[dict[str, Any]] = []
-    for (system, _), group in itertools.groupby(runs, key=lambda run: (run[0], run[1].loading)):
-        rows = sorted((str(row) for _, row in group), key=lambda row: -Row.parse(row).batch * Row.parse(row).sequence)
-        command = [sys.executable, "-m", "benchmarks.step", "--worker", system, *rows, "--path", path]
-        command += ["--warmup", str(a.warmup), "--steps", str(a.steps)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        found += [{"system": system, "row": row, "error": tail[:300]} for row in rows[len(found) :]]
-        results += found
-        for result in found:
-            print({k: v for k, v in result.items() if k != "kernels"}, flush=True)
-        if a.out:
-            record = {"shape": a.shape, "layers": a.layers, "versions": versions(), "results": results}
-            a.out.write_text(json.dumps(record, indent=1))
-    report(results)
+    try:
+        pool.start([key(*run) for run in runs if run[0].refuses(run[1]) is None])
+        if writer is not None:
+            log("the weights are written" if writer.wait() == 0 else "writing the weights FAILED")
+        effort = asdict(Effort(a.warmup, a.steps, a.seconds, not a.no_profile))
+        for i, (system, row) in enumerate(runs):
+            reason = system.refuses(row)
+            if reason is not None:
+                result: dict[str, Any] = {"system": system.name, "row": str(row), "error": reason}
+            else:
+                later = [key(*run) for run in runs[i + 1 :]]
+                next_loading = runs[i + 1][1].loading if later and later[0] == key(system, row) else None
+                result = pool.run(
+                    system, row, effort, keep=next_loading == row.loading, again=key(system, row) in later
+                )
+            results.append(result)
+            trouble = check(result, oracle(results, str(row)))
+            log(f"{system.name} {row}: {trouble or 'ok'}  {brief(result)}")
+            if a.out:
+                save(a, results, time.time() - started)
+    finally:
+        pool.close()
+        if not a.path and writer is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print("\n".join(table(results)), flush=True)
+    if a.chart:
+        from benchmarks.chart import draw
+
+        draw(record(a, results, time.time() - started), a.chart)
 
 
-def report(results: list[dict[str, Any]]) -> None:
-    """One line a run: milliseconds, GPU-busy milliseconds, GiB, and how many times slower than fastplug it is."""
-    print(f"\n{'row':34s}{'system':18s}{'ms':>9s}{'busy':>9s}{'GiB':>8s}{'x fastplug':>12s}")
-    for result in results:
-        same = {r["system"]: r for r in results if r["row"] == result["row"] and not r.get("error")}
-        trouble = check(result, same.get("hf"))
-        if result.get("error"):
-            print(f"{result['row']:34s}{result['system']:18s} left out: {trouble}")
-            continue
-        ratio = f"{result['ms'] / same['fastplug']['ms']:.2f}" if "fastplug" in same else "-"
-        print(
-            f"{result['row']:34s}{result['system']:18s}{result['ms']:9.1f}{result['busy_ms']:9.1f}"
-            f"{result['peak_gib']:8.2f}{ratio if not trouble else 'invalid':>12s} {trouble}"
-        )
+def record(a: argparse.Namespace, results: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    return {
+        "shape": a.shape,
+        "layers": a.layers,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(seconds),
+        "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": versions(),
+        "results": [
+            {**r, "checked_against": (oracle(results, r["row"]) or {}).get("system"),
+             "trouble": check(r, oracle(results, r["row"]))}
+            for r in results
+        ],
+    }  # fmt: skip
+
+
+def save(a: argparse.Namespace, results: list[dict[str, Any]], seconds: float) -> None:
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps(record(a, results, seconds), indent=1) + "\n")
 
 
 if __name__ == "__main__":
