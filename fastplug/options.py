@@ -29,6 +29,14 @@ class Options:
             never.
         residual_dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` casts the residual stream as it enters the
             decoder layers; None keeps the host's. (PEFT's ``prepare_model_for_kbit_training`` makes it float32.)
+        compute: ``"exact"`` computes the frozen base in the host's 16 bits. On GPUs with FP8 products (compute
+            capability 8.9 and newer), ``"fp8_backward"`` keeps the forward exact and computes the gradients of
+            activations in FP8, and what gradient checkpointing computes again; ``"fp8"`` the forward too. Adapters,
+            norms, attention, head and loss stay exact. See docs/fp8.md for what that costs in quality.
+        exact: With FP8, names of linear modules that stay exact all the same, with wildcards: ``("*.down_proj",)``.
+        fp8_weights: ``"kept"`` keeps the base in FP8 beside its own format, a byte a weight for each direction,
+            ``"decoded"`` quantizes it anew for each product, ``"auto"`` keeps weights while half of the device's
+            memory stays free.
         memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what
             is free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted
             as reserved memory plus the CUDA context. ``"keep"`` lets every layer keep all it can use, ``"full"`` has it
@@ -46,6 +54,9 @@ class Options:
     attention: Literal["auto", "host"] = "auto"
     graphs: Literal["auto", "on", "off"] = "auto"
     residual_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    compute: Literal["exact", "fp8_backward", "fp8"] = "exact"
+    exact: tuple[str, ...] = ()
+    fp8_weights: Literal["auto", "kept", "decoded"] = "auto"
     memory: str | float | None = None
     headroom: str | float | None = None
     memory_plan: str | None = None
@@ -55,6 +66,9 @@ class Options:
         if isinstance(self.disable, str):
             object.__setattr__(self, "disable", (self.disable,))
         object.__setattr__(self, "disable", tuple(self.disable))
+        if isinstance(self.exact, str):
+            object.__setattr__(self, "exact", (self.exact,))
+        object.__setattr__(self, "exact", tuple(self.exact))
         for role in self.disable:
             _require_one_of("disable", role, ROLES)
         for name in ("strict", "plugins"):
@@ -64,6 +78,12 @@ class Options:
         _require_one_of("attention", self.attention, ("auto", "host"))
         _require_one_of("graphs", self.graphs, ("auto", "on", "off"))
         _require_one_of("residual_dtype", self.residual_dtype, ("bfloat16", "float16", "float32", None))
+        _require_one_of("compute", self.compute, ("exact", "fp8_backward", "fp8"))
+        _require_one_of("fp8_weights", self.fp8_weights, ("auto", "kept", "decoded"))
+        if self.exact and self.compute == "exact":
+            raise OptionError(
+                "fastplug: exact names what stays exact under compute='fp8' or 'fp8_backward'; set compute"
+            )
         _check_memory(self)
 
     @classmethod

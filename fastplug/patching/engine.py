@@ -16,6 +16,7 @@ from fastplug.errors import ModelError, StrictError
 from fastplug.manager import Manager, manager
 from fastplug.ops.table import table_for
 from fastplug.options import Options
+from fastplug.patching import fp8
 from fastplug.patching.bind import bind, parameter_names, unbind
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.report import LEFT, PATCHED, REFUSED, Decision, Report
@@ -72,6 +73,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     plugins = manager(options.plugins)
     ops = table_for(device, options.kernels, options.plugins)
     runtime = Runtime(options, ops, plugins.collect("fastplug_codecs"))
+    arithmetic = fp8.prepare(model, device, runtime)
     for _, binding in before:  # FSDP moves a model to its device after it was patched
         if binding.runtime.ops is not ops:
             binding.runtime.ops, binding.runtime.graphs = ops, None
@@ -81,6 +83,8 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     result.device, result.ops = str(device), dict(ops.names)
     result.decisions = [_decision(site, choice) for site, choice in decided]
     result.notes = [] if decided else [_no_site_note(model)]
+    if arithmetic is not None:
+        result.notes.append(arithmetic)
     if options.strict:
         _check_strict(result)
     for site, choice in decided:

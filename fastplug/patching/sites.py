@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from fastplug.ops.table import OpTable
 from fastplug.options import Options
 
 if TYPE_CHECKING:
+    from fastplug.ops.lora.fp8_base import Fp8
     from fastplug.patching.report import Report
     from fastplug.quant import Codec
 
@@ -39,6 +41,8 @@ class Runtime:
     codecs: Sequence[Codec]
     codec_of: dict[type, Any] = field(default_factory=dict)
     graphs: Any = None  # fastplug.graphs.replay.Shared, once a layer was asked
+    fp8: Fp8 | None = None  # where base products are computed in FP8
+    exact: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)  # linear modules that are left out
 
     def codec(self, linear: nn.Module) -> Codec | None:
         """The codec responsible for a linear module, decided once per class; the last one registered wins."""

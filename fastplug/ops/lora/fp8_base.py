@@ -52,9 +52,13 @@ class Fp8:
     _kept: dict[tuple[int, ...], Kept] = field(default_factory=dict)
 
     def covers(self, group: Group) -> bool:
-        """Whether all products of a group can be FP8: frozen weights, dimensions in multiples of 16."""
+        """Whether all products of a group can be FP8: frozen weights, dimensions in multiples of 16, in bf16.
+
+        PyTorch's FP8 product with scales of rows puts out bf16 only.
+        """
         trained = any(p.trained is not None for p in group.projections)
-        return not trained and not any(size % MULTIPLE for p in group.projections for size in p.shape)
+        sizes = any(size % MULTIPLE for p in group.projections for size in p.shape)
+        return group.dtype == torch.bfloat16 and not trained and not sizes
 
     def output(self, group: Group, x: torch.Tensor) -> torch.Tensor | None:
         """x Wᵀ [tokens, out_features], or None where y is to be exact."""

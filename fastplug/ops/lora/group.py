@@ -187,7 +187,9 @@ class Group:
         buffer = torch.empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
         row = 0
         for weight in encoded:
-            weight.decode(buffer[row : row + weight.shape[0], : self.in_features], self.ops)
+            whole = weight.shape == shape
+            target = buffer if whole else buffer[row : row + weight.shape[0], : self.in_features]
+            weight.decode(target, self.ops)
             row += weight.shape[0]
         if beside is not None:
             buffer[:, self.in_features :].copy_(beside)

@@ -68,8 +68,9 @@ def decode(
     part = packed.reshape(-1)[start // 2 : (start + count) // 2]
     scale = _scales(absmax, nested)[start // blocksize : (start + count) // blocksize]
     decoded = _op()(part, scale.contiguous(), blocksize, kind, (rows, columns), out.dtype)
-    if out.untyped_storage().nbytes() == decoded.nbytes and not torch.compiler.is_compiling():
-        out.set_(decoded)  # all of its memory is out: copying takes nearly as long as decoding
+    whole = out.untyped_storage().nbytes() == decoded.nbytes and not out._is_view()
+    if whole and not torch.compiler.is_compiling():
+        out.set_(decoded)  # nobody else holds its memory: copying takes nearly as long as decoding
     else:
         out.copy_(decoded)
 

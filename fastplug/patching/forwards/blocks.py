@@ -28,7 +28,12 @@ def read_group(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, runti
     if isinstance(projections, str):
         return projections
     dtype = compute_dtype(x, [getattr(module, name) for name in names], runtime)
-    return dtype if isinstance(dtype, str) else Group(projections, dtype, runtime.ops)
+    if isinstance(dtype, str):
+        return dtype
+    fp8 = runtime.fp8
+    if fp8 is not None and any(p.owner in runtime.exact for p in projections):
+        fp8 = None
+    return Group(projections, dtype, runtime.ops, fp8)
 
 
 def interception(module: nn.Module, parts: tuple[str, ...]) -> str | None:

@@ -1,0 +1,159 @@
+"""FP8 base products in a whole model: what stays exact stays so, gradients point where exact ones do, and refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastplug
+from fastplug.errors import OptionError
+from fastplug.ops.lora import fp8_base
+from tests import models
+from tests.engine.step import patched, step
+
+BASES = ["lora", "qlora"]
+
+
+def build(base: str, **config):
+    model = models.qlora(**config) if base == "qlora" else models.lora(models.plain(**config))
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.bfloat16()
+    return model
+
+
+def forget(value, memo=None):
+    return value
+
+
+def cosines(ours, theirs) -> torch.Tensor:
+    return torch.stack([
+        torch.nn.functional.cosine_similarity(g.double().flatten(), theirs[name].double().flatten(), 0)
+        for name, g in ours.items()
+    ])  # fmt: skip
+
+
+@pytest.fixture(params=BASES)
+def model(request, device):
+    model = build(request.param).to(device)
+    for module in model.modules():  # bitsandbytes multiplies in fp32 unless told
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.bfloat16
+    return model
+
+
+@pytest.fixture
+def batch(device):
+    return {name: value.to(device) for name, value in models.batch(2, 32).items()}
+
+
+def test_the_forward_stays_exact_and_gradients_point_the_same_way(model, batch):
+    exact = step(patched(model), batch)
+    ours = step(patched(model, compute="fp8_backward"), batch)
+    assert torch.equal(ours.loss, exact.loss)
+    assert torch.equal(ours.logits, exact.logits)
+    found = cosines(ours.gradients, exact.gradients)
+    assert found.median() > 0.997
+    assert found.min() > 0.98
+    last = [name for name in exact.gradients if "layers.1.mlp.down_proj" in name]
+    assert len(last) == 2
+    for name in last:  # no FP8 product stands before these
+        assert torch.equal(ours.gradients[name], exact.gradients[name])
+    assert any(not torch.equal(ours.gradients[name], exact.gradients[name]) for name in exact.gradients)
+
+
+def test_the_forward_too(model, batch):
+    exact = step(patched(model), batch)
+    ours = step(patched(model, compute="fp8"), batch)
+    assert not torch.equal(ours.logits, exact.logits)
+    assert abs(float(ours.loss - exact.loss)) < 0.02 * float(exact.loss)
+    assert cosines(ours.gradients, exact.gradients).median() > 0.94
+
+
+def test_recomputation_is_in_fp8_too(model, batch):
+    twin = patched(model, compute="fp8_backward")
+    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    twin.enable_input_require_grads()
+    ours = step(twin, batch)
+    exact = step(patched(model), batch)
+    assert torch.equal(ours.loss, exact.loss)
+    assert cosines(ours.gradients, exact.gradients).median() > 0.99
+    once = step(patched(model, compute="fp8_backward"), batch)
+    assert any(not torch.equal(ours.gradients[name], once.gradients[name]) for name in once.gradients)
+
+
+@pytest.mark.parametrize("exact", ["*.down_proj", "down_proj", "layers.0"])
+def test_named_modules_stay_exact(model, batch, exact):
+    twin = patched(model, compute="fp8", exact=(exact,))
+    everything = patched(model, compute="fp8")
+    note = fastplug.report(twin).notes[-1]
+    assert f"{2 if 'down' in exact else 7} stay exact as told" in note
+    assert not torch.equal(step(twin, batch).logits, step(everything, batch).logits)
+
+
+def test_all_of_them_exact_is_exact(model, batch):
+    assert torch.equal(step(patched(model, compute="fp8", exact="layers"), batch).logits,
+                       step(patched(model), batch).logits)  # fmt: skip
+
+
+def test_sizes_that_fp8_cannot_take_stay_exact(batch, device):
+    model = build("lora", intermediate_size=136).to(device)
+    exact, ours = patched(model), patched(model, compute="fp8", exact=("self_attn",))
+    assert torch.equal(step(ours, batch).logits, step(exact, batch).logits)
+    assert "6 stay exact because their sizes are no multiples of 16" in fastplug.report(ours).notes[-1]
+
+
+def test_weights_are_quantized_once_or_each_time(model, batch, monkeypatch):
+    made = []
+    quantize = fp8_base._quantize
+
+    def counted(group, transposed):
+        made.append(transposed)
+        return quantize(group, transposed)
+
+    monkeypatch.setattr(fp8_base, "_quantize", counted)
+    for how, expected in (("kept", 15), ("decoded", 30)):
+        made.clear()
+        twin = patched(model, compute="fp8", fp8_weights=how)
+        first, second = step(twin, batch), step(twin, batch)
+        assert len(made) == expected  # four groups a layer in two directions, but no gradient of the embedding
+        assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in first.gradients)
+
+
+def test_a_kept_weight_that_changes_is_quantized_again(batch, device):
+    model = build("lora").to(device)
+    twin = patched(model, compute="fp8", fp8_weights="kept")
+    before = step(twin, batch)
+    with torch.no_grad():
+        twin.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight.mul_(2)
+        model.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight.mul_(2)
+    after = step(twin, batch)
+    assert not torch.equal(after.logits, before.logits)
+    assert torch.equal(after.logits, step(patched(model, compute="fp8"), batch).logits)
+
+
+def test_trained_weights_stay_exact(batch, device):
+    model = models.plain().to(torch.bfloat16).to(device)
+    exact, ours = step(patched(model), batch), step(patched(model, compute="fp8"), batch)
+    assert all(torch.equal(ours.gradients[name], exact.gradients[name]) for name in exact.gradients)
+
+
+def test_undo_gives_the_exact_model_back(model, batch):
+    before = step(model, batch)
+    fastplug.apply(model, compute="fp8")
+    step(model, batch)
+    fastplug.undo(model)
+    assert torch.equal(step(model, batch).logits, before.logits)
+
+
+def test_bad_input(model, monkeypatch):
+    with pytest.raises(OptionError, match="names no frozen linear module"):
+        fastplug.apply(model, compute="fp8", exact=("k_projection",))
+    with pytest.raises(OptionError, match="set compute"):
+        fastplug.Options(exact=("down_proj",))
+    with pytest.raises(OptionError, match="compute cannot be 'fp4'"):
+        fastplug.Options(compute="fp4")
+    monkeypatch.setattr("fastplug.patching.fp8.fp8_reason", lambda device: "FP8 products need compute capability 8.9")
+    with pytest.raises(OptionError, match=r"8\.9; leave compute='exact'"):
+        fastplug.apply(model, compute="fp8_backward")
+    assert not any("_fastplug" in module.__dict__ for module in model.modules())
