@@ -10,8 +10,9 @@ from fastplug.quant.codec import Codec, EncodedWeight
 def fastplug_codecs() -> list[Codec]:
     from fastplug.quant.bnb4 import BitsAndBytes4
     from fastplug.quant.plain import Plain
+    from fastplug.quant.quant_linear import QuantLinearWeights
 
-    return [Plain(), BitsAndBytes4()]
+    return [Plain(), BitsAndBytes4(), QuantLinearWeights()]
 
 
 __all__ = ["Codec", "EncodedWeight"]

@@ -19,7 +19,6 @@ def bnb():
     return pytest.importorskip("bitsandbytes.functional")
 
 
-
 @pytest.mark.parametrize("kind", codes.KINDS)
 def test_the_values_of_the_codes(bnb, kind):
     assert torch.equal(codes.values(kind), bnb.get_4bit_type(kind, device="cpu"))

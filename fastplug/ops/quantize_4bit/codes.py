@@ -1,8 +1,8 @@
 """The values that the codes of bitsandbytes' formats stand for.
 
-NF4 has the quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, appendix E), FP4 one sign,
-two exponent and one mantissa bit, and the scales of double quantization the dynamic 8-bit type (Dettmers et al. 2022,
-arXiv:2110.02861, section 1.3): one bit tells sign, leading zeros tell the power of ten, the rest is a fraction of it.
+NF4 has the quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, appendix E), FP4 a sign,
+two exponent bits and a mantissa bit, and the scales of double quantization the dynamic 8-bit type (Dettmers et al.
+2022, arXiv:2110.02861, section 1.3): a sign, leading zeros that tell the power of ten, and a fraction of it.
 """
 
 from __future__ import annotations
