@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastplug.memory.takeover import MISSING, NAME, HostCheckpointing
 from fastplug.patching.sites import KEY, Binding, FastForward, NotCovered
 
 MARK = "_fastplug_base"  # set on the subclasses only
@@ -111,6 +112,8 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
         "__copy__": __copy__,
         MARK: base,
     }
+    if hasattr(base, NAME) or hasattr(base, "supports_gradient_checkpointing"):
+        namespace[NAME] = HostCheckpointing(getattr(base, NAME, MISSING))
     metaclass: Any = _Patched if type(base) is type else type(base)
     cls: type[nn.Module] = metaclass(base.__name__, (base,), namespace)
     return cls

@@ -41,6 +41,7 @@ class Runtime:
     codecs: Sequence[Codec]
     codec_of: dict[type, Any] = field(default_factory=dict)
     graphs: Any = None  # fastplug.graphs.replay.Shared, once a layer was asked
+    memory: Any = None  # fastplug.memory.runtime.Planner, where the options ask for a plan
     fp8: Fp8 | None = None  # where base products are computed in FP8
     exact: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)  # linear modules that are left out
 
@@ -80,6 +81,7 @@ class Binding:
     fallbacks: Counter[str] = field(default_factory=Counter)
     own_forward: Any = None  # a bound copy of the class's forward that the instance carried before
     graphs: Any = None  # fastplug.graphs.replay.LayerState: what was recorded of the layer; no copy takes it along
+    memory: Any = None  # fastplug.memory.runtime.State: a decoder layer's place in the plan; no copy takes it along
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         from copy import deepcopy
