@@ -1,156 +1,113 @@
 """Each op against the measured ceiling of this GPU: copy bandwidth for what moves bytes, cuBLAS for what multiplies.
 
     python -m benchmarks.ops --out benchmarks/results/ops-h100.json
+    python -m benchmarks.ops --only nf4 --only rope
 
-Bytes are counted once per tensor read and once per tensor written. A device-to-device copy sets the ceiling, counted
-the same way. Inputs rotate, so that nothing stays in the L2 cache.
+Bytes are counted once per tensor read and once per tensor written; a device-to-device copy sets the ceiling, counted
+the same way. Inputs rotate, so that nothing stays in the L2 cache. Every op of fastplug is checked against fp64 on
+fresh random inputs, with outputs that hold NaN before, and is timed only if its error is at most twice that of one
+rounding. Kernels of Liger and bitsandbytes stand beside where they are installed. On a CPU the references are run, to try it out.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastplug.ops.glu import kernel as glu
-from fastplug.ops.logprobs import kernel as logprobs
-from fastplug.ops.nf4 import kernel as nf4
-from fastplug.ops.rms_norm import kernel as rms_norm
-from fastplug.ops.rope import kernel as rope
+from benchmarks import ops_cases, ops_weights
+from benchmarks.hardware import hardware, versions
+from benchmarks.ops_cases import Case, Sizes
+from benchmarks.timing import copy_bandwidth, matmul_rate, milliseconds
 
-BF16 = torch.bfloat16
-TOKENS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCABULARY = 8192, 4096, 14336, 32, 8, 128, 128256
-SETS = 3  # of inputs, each several times the L2
-
-
-def random(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype)
-
-
-def milliseconds(calls: list[Callable[[], Any]], repeats: int = 30) -> float:
-    """Median over ``repeats`` calls, cycling through ``calls`` (same work, different tensors)."""
-    for call in calls:
-        call()
-    times = []
-    cycle = itertools.cycle(calls)
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(200_000)  # hides the launch overhead: the GPU is still busy when the kernels are queued
-        call = next(cycle)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
+    "rms_norm": ops_cases.rms_norm,
+    "rope": ops_cases.rope,
+    "glu": ops_cases.glu,
+    "logprobs": ops_cases.logprobs,
+    "nf4": ops_weights.nf4,
+    "formats": ops_weights.formats,
+    "quantize_4bit": ops_weights.quantize_4bit,
+    "fp8": ops_weights.fp8,
+    "products": ops_weights.products,
+}
+ENOUGH = {"nf4 decode": 0.8}  # share of the ceiling that an op should reach; 0.85 for the others
+TRIAL = {"tokens": 64, "hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2, "head": 32, "vocabulary": 300,
+         "chunk": 16}  # fmt: skip
 
 
-def copy_bandwidth() -> float:
-    """TB/s of a device-to-device copy, bytes read plus bytes written."""
-    buffers = [torch.empty(2**29, device="cuda", dtype=torch.uint8) for _ in range(4)]
-    pairs = list(zip(buffers[::2], buffers[1::2]))
-    return 2 * 2**29 / milliseconds([lambda a=a, b=b: b.copy_(a) for a, b in pairs]) / 1e9
+def measure(case: Case, copy: float, matmul: float) -> dict[str, Any]:
+    """One line of the result; ``error`` in place of times where a check failed."""
+    result: dict[str, Any] = {"op": case.op, "library": case.library}
+    if case.check is not None:
+        found, bound = case.check()
+        result |= {"relative_error": float(f"{found:.2e}"), "bound": float(f"{bound:.2e}")}
+        if not found <= bound:
+            return {**result, "error": f"wrong: relative error {found:.2e}, allowed {bound:.2e}"}
+    ms = milliseconds(case.calls, capture=case.capture)
+    if case.flops:
+        rate = case.flops / ms / 1e9
+        return {**result, "ms": round(ms, 4), "tflops": round(rate, 1), "of_matmul": round(rate / matmul, 3)}
+    rate = case.bytes / ms / 1e9
+    return {**result, "ms": round(ms, 4), "tb_per_s": round(rate, 3), "of_copy": round(rate / copy, 3)}
 
 
-def nf4_inputs(rows: int, columns: int) -> tuple[tuple[Any, ...], torch.Tensor]:
-    blocks = rows * columns // 64
-    packed = torch.randint(0, 256, (rows * columns // 2,), device="cuda", dtype=torch.uint8)
-    absmax = torch.randint(0, 256, (blocks,), device="cuda", dtype=torch.uint8)
-    nested = (random(256, dtype=torch.float32), random((blocks + 255) // 256, dtype=torch.float32),
-              random(1, dtype=torch.float32)[0], 256)  # fmt: skip
-    code = random(16, dtype=torch.float32)
-    return (packed, absmax, code, 64, nested), torch.empty(rows, columns, device="cuda", dtype=BF16)
+def line(result: dict[str, Any]) -> str:
+    head = f"{result['op']:46s}{result['library']:14s}"
+    if "error" in result:
+        return f"{head} {result['error']}"
+    if "tflops" in result:
+        return f"{head}{result['ms']:9.4f} ms {result['tflops']:7.1f} TFLOP/s {result['of_matmul']:5.0%} of a product"
+    enough = next((share for name, share in ENOUGH.items() if result["op"].startswith(name)), 0.85)
+    below = "  below" if result["library"] == "fastplug" and result["of_copy"] < enough else ""
+    return f"{head}{result['ms']:9.4f} ms {result['tb_per_s']:7.2f} TB/s    {result['of_copy']:5.0%} of copy{below}"
 
 
-def cases() -> list[tuple[str, int, list[Callable[[], Any]]]]:
-    """(name, bytes moved at least, calls)."""
-    found: list[tuple[str, int, list[Callable[[], Any]]]] = []
-    stream = TOKENS * HIDDEN * 2
-    xs = [random(TOKENS, HIDDEN) for _ in range(3 * SETS)]
-    weight = random(HIDDEN)
-    found.append(("rms_norm forward", 2 * stream, [lambda x=x: rms_norm.forward(x, weight, 1e-5) for x in xs]))
-    pairs = list(zip(xs[::2], xs[1::2]))
-    found.append((
-        "rms_norm forward + residual", 4 * stream,
-        [lambda x=x, r=r: rms_norm.forward(x, weight, 1e-5, residual=r) for x, r in pairs],
-    ))  # fmt: skip
-    rstd = rms_norm.forward(xs[0], weight, 1e-5)[2]
-    triples = list(zip(xs[::3], xs[1::3], xs[2::3]))
-    found.append((
-        "rms_norm backward + residual gradient", 4 * stream,
-        [lambda d=d, h=h, s=s: rms_norm.backward(d, h, rstd, weight, dh=s) for d, h, s in triples],
-    ))  # fmt: skip
-    wide = (HEADS + 2 * KV_HEADS) * HEAD
-    buffers = [random(TOKENS, wide) for _ in range(SETS)]
-    cos, sin = random(1, TOKENS // 4, HEAD), random(1, TOKENS // 4, HEAD)
-
-    def rotate(buffer: torch.Tensor) -> None:
-        parts = buffer.view(4, TOKENS // 4, HEADS + 2 * KV_HEADS, HEAD).split([HEADS, KV_HEADS, KV_HEADS], dim=2)
-        rope.forward(parts[0], parts[1], cos, sin, parts[0], parts[1])
-
-    found.append(
-        ("rope in place", 2 * TOKENS * (HEADS + KV_HEADS) * HEAD * 2, [lambda b=b: rotate(b) for b in buffers])
-    )
-    inner = TOKENS * INNER * 2
-    gates = [random(TOKENS, 2 * INNER) for _ in range(2)]
-    outs = [random(TOKENS, INNER) for _ in range(2)]
-    found.append((
-        "swiglu forward", 3 * inner,
-        [lambda g=g, o=o: glu.forward(g[:, :INNER], g[:, INNER:], "silu", o) for g, o in zip(gates, outs)],
-    ))  # fmt: skip
-    grads = random(TOKENS, 2 * INNER)
-    found.append((
-        "swiglu backward + activation", 6 * inner,
-        [lambda g=g, o=o: glu.backward(o, g[:, :INNER], g[:, INNER:], "silu", grads[:, :INNER], grads[:, INNER:],
-                                       outs[1] if o is outs[0] else outs[0]) for g, o in zip(gates, outs)],
-    ))  # fmt: skip
-    for rows, columns in ((INNER, HIDDEN), (HIDDEN, INNER), (1024, HIDDEN)):
-        sets = [nf4_inputs(rows, columns) for _ in range(2 * SETS if rows == 1024 else SETS)]
-        moved = rows * columns // 2 + rows * columns // 64 + rows * columns * 2
-        found.append((
-            f"nf4 decode {rows}x{columns}, nested", moved,
-            [lambda a=a, o=o: nf4.decode(a[0], a[1], a[2], a[3], o, nested=a[4]) for a, o in sets],
-        ))  # fmt: skip
-    rows = 1024
-    logits = [random(rows, VOCABULARY) for _ in range(SETS)]
-    targets = torch.randint(0, VOCABULARY, (rows,), device="cuda")
-    outputs = (torch.empty(rows, device="cuda"), torch.empty(rows, 2, device="cuda"),
-               torch.empty(rows, device="cuda", dtype=torch.int64), None)  # fmt: skip
-    found.append((
-        "log-probabilities and gradient (2 reads, 1 write)", 3 * rows * VOCABULARY * 2,
-        [lambda z=z: logprobs.token_logprobs_and_gradient(z, targets, *outputs, 1.0, 0.0, 1.0, -100) for z in logits],
-    ))  # fmt: skip
-    found.append((
-        "log-probabilities", rows * VOCABULARY * 2,
-        [lambda z=z: logprobs.token_logprobs(z, targets, *outputs, 1.0, 0.0, 1.0, -100) for z in logits],
-    ))  # fmt: skip
-    return found
+def run(sizes: Sizes, groups: list[str], log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure groups of ops; the record that is saved."""
+    cuda, started = sizes.device.type == "cuda", time.time()
+    copy = copy_bandwidth(sizes.device, 2**29 if cuda else 2**22)
+    matmul = matmul_rate(sizes.device, 8192 if cuda else 256)
+    log(f"{hardware().get('gpu', hardware()['cpu'])}: copy {copy:.2f} TB/s, bf16 product {matmul:.0f} TFLOP/s")
+    results = []
+    for name in groups:
+        try:
+            for case in GROUPS[name](sizes):
+                results.append(measure(case, copy, matmul))
+                log(line(results[-1]))
+                del case
+        except Exception as error:  # one op, or a peer of another version, must not end the run
+            results.append({"op": name, "library": "-", "error": f"{type(error).__name__}: {str(error)[:300]}"})
+            log(line(results[-1]))
+        if cuda:
+            torch.cuda.empty_cache()
+    log(f"{time.time() - started:.0f} s")
+    return {
+        "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions(), "tokens": sizes.tokens,
+        "copy_tb_per_s": round(copy, 3), "matmul_tflops": round(matmul, 1), "ops": results,
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=GROUPS, help="some of the groups")
+    parser.add_argument("--tokens", type=int, default=Sizes.tokens)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
-    ceiling = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copy {ceiling:.2f} TB/s")
-    results = []
-    for name, moved, calls in cases():
-        ms = milliseconds(calls)
-        rate = moved / ms / 1e9
-        results.append(
-            {"op": name, "ms": round(ms, 4), "tb_per_s": round(rate, 3), "of_copy": round(rate / ceiling, 3)}
-        )
-        print(f"{name:52s}{ms:9.4f} ms {rate:6.2f} TB/s {rate / ceiling:6.0%} of copy", flush=True)
+    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        sizes = Sizes(torch.device("cuda"), tokens=a.tokens)
+    else:
+        sizes = Sizes(torch.device("cpu"), **TRIAL)
+    record = run(sizes, a.only or list(GROUPS), lambda text: print(text, flush=True))
     if a.out:
-        from benchmarks.step import versions
-
-        record = {"gpu": torch.cuda.get_device_name(), "copy_tb_per_s": ceiling, "versions": versions(), "ops": results}
-        a.out.write_text(json.dumps(record, indent=1))
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        a.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
