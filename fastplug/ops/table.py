@@ -28,7 +28,7 @@ class OpImplementation:
     """One way to compute an op.
 
     Attributes:
-        op: The op's name: ``rms_norm``, ``rope``, ``glu``, ``nf4``, ``logprobs``.
+        op: The op's name: ``rms_norm``, ``rope``, ``glu``, ``nf4``, ``int_weights``, ``float_weights``, ``logprobs``.
         name: The implementation's own name, as the report shows it.
         functions: The object that offers the op's functions, or the name of the module that does.
         refuse: Given a device, the reason why this implementation cannot run there, or None.
@@ -55,6 +55,8 @@ class OpTable:
     rope: Any
     glu: Any
     nf4: Any
+    int_weights: Any
+    float_weights: Any
     logprobs: Any
     fp8: Any
 
@@ -141,7 +143,7 @@ def wanted(kernels: str, device: torch.device) -> tuple[str, ...]:
 
 
 BUILTIN = ("reference", "triton", "bitsandbytes")
-TRITON_OPS = ("rms_norm", "rope", "glu", "nf4", "logprobs", "fp8")
+TRITON_OPS = ("rms_norm", "rope", "glu", "nf4", "int_weights", "float_weights", "logprobs", "fp8")
 
 
 @hookimpl
