@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastplug.errors import FastPlugError, MissingExtra, ModelError, OptionError, StrictError
+    from fastplug.errors import DataError, FastPlugError, MissingExtra, ModelError, OptionError, StrictError
     from fastplug.exporting import export
     from fastplug.manager import hookimpl
     from fastplug.options import Options
@@ -31,6 +31,7 @@ _HOME = {
     "export": "fastplug.exporting",
     "Options": "fastplug.options",
     "hookimpl": "fastplug.manager",
+    "DataError": "fastplug.errors",
     "FastPlugError": "fastplug.errors",
     "MissingExtra": "fastplug.errors",
     "ModelError": "fastplug.errors",
@@ -40,6 +41,7 @@ _HOME = {
 
 __all__ = [
     "Applied",
+    "DataError",
     "FastPlugError",
     "MissingExtra",
     "ModelError",

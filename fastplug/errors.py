@@ -15,8 +15,16 @@ class ModelError(FastPlugError, TypeError):
     """The given object is not a model that fastplug can work on."""
 
 
+class DataError(FastPlugError, ValueError):
+    """A document or a batch cannot be packed or flattened as it is."""
+
+
 class StrictError(FastPlugError, RuntimeError):
     """``strict=True`` was given and less was patched than expected. The model is unchanged."""
+
+
+class HostMemoryError(FastPlugError, MemoryError):
+    """The host has less memory left than offloading needs."""
 
 
 class MissingExtra(FastPlugError, ImportError):

@@ -22,6 +22,7 @@ BUILTINS = (
     "fastplug.quant",
     "fastplug.ops.table",
     "fastplug.patching.forwards",
+    "fastplug.patching.packed",
     "fastplug.exporters",
 )
 
