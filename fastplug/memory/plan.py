@@ -32,6 +32,7 @@ class Plan:
         ms: Predicted milliseconds of a micro-batch.
         host_bytes: Pinned host memory.
         moment: When the peak is.
+        tile_rows: Tokens that go through an MLP at once in layers that do not keep gate and up, or None for all.
         model, gpu: For the reader.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     ms: float
     host_bytes: int = 0
     moment: str = ""
+    tile_rows: int | None = None
     model: str = ""
     gpu: str = ""
 
@@ -95,6 +97,7 @@ class Plan:
             "ms": self.ms,
             "host_bytes": self.host_bytes,
             "moment": self.moment,
+            "tile_rows": self.tile_rows,
         }
 
     @classmethod
@@ -139,4 +142,5 @@ class Plan:
 
     def __str__(self) -> str:
         what = ", ".join(f"{count} {policy.value}" for policy, count in self.counts().items())
-        return f"{self.batch} x {self.sequence}: {self.total / 2**30:.2f} GiB of {self.budget / 2**30:.2f}, {self.ms:.0f} ms ({what})"
+        need = f"{self.total / 2**30:.2f} GiB of {self.budget / 2**30:.2f}"
+        return f"{self.batch} x {self.sequence}: {need}, {self.ms:.0f} ms ({what})"

@@ -1,0 +1,408 @@
+"""Bytes of a training step, from shapes: what is always there, what each layer keeps, and the highest of each moment.
+
+Letters as in ``saved.py``: T tokens, H hidden, I width of gate, Q and K channels of queries and keys; c bytes of an
+element in the compute dtype, e in the residual stream. Peaks follow the order in which ``fastplug.ops.lora`` allocates
+and frees, on a GPU; a *moment* below is a line of that code at which most is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastplug.memory.policy import Policy
+from fastplug.memory.saved import STAGED, Rank, Widths, tensors
+from fastplug.memory.shapes import LayerShape, Linears, ModelShape
+from fastplug.ops.logprobs.chunked import GPU_BYTES, chunks
+
+FOLDED = 8  # ranks that are multiples of this are folded into the product of a decoded base (ops/lora/group.py)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch.
+
+    Attributes:
+        batch, length: Its shape; tokens are their product.
+        compute, stream: Bytes of an element in products and in the residual stream.
+        windowed_mask: Whether attention gets a mask in layers with a window: ``sdpa`` does, once it is exceeded.
+        eager: Whether attention keeps its scores.
+        tile_rows: Tokens that go through a gated MLP at once where gate and up are not kept, or None.
+    """
+
+    batch: int
+    length: int
+    compute: int = 2
+    stream: int = 2
+    windowed_mask: bool = True
+    eager: bool = False
+    tile_rows: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @classmethod
+    def of(cls, shape: ModelShape, batch: int, length: int, tile_rows: int | None = None) -> Step:
+        """The step of a model at a batch and length."""
+        eager = shape.attention == "eager"
+        windowed = shape.attention in ("sdpa", "eager")
+        return cls(batch, length, shape.compute_itemsize, shape.stream_itemsize, windowed, eager, tile_rows)
+
+    def masked(self, layer: LayerShape) -> bool:
+        """Whether attention of this layer runs under a mask."""
+        return self.windowed_mask and layer.window is not None and self.length > layer.window
+
+    @property
+    def tile(self) -> int:
+        """Tokens in the MLP at once where gate and up are not kept."""
+        return self.tokens if self.tile_rows is None else min(self.tokens, self.tile_rows)
+
+
+# --- what a layer keeps -----------------------------------------------------------------------------------------------
+
+
+def kept(layer: LayerShape, step: Step, policy: Policy = Policy.KEEP) -> dict[str, int]:
+    """Bytes by tensor that a layer has from its forward to its backward; under an offloading policy, on the host."""
+    if not layer.fused:
+        return _kept_by_host(layer, step)
+    tile_rows = None if step.tile == step.tokens else step.tile_rows
+    found = tensors(policy, _widths(layer, step), step.tokens, tile_rows)
+    if policy in (Policy.KEEP, Policy.DROP_GATE_UP):
+        found.update(_by_row(layer, step, policy))
+    return {name: size for name, size in found.items() if size}
+
+
+def _by_row(layer: LayerShape, step: Step, policy: Policy) -> dict[str, int]:
+    """What layers keep that differ from Llama's (patching/forwards/layer_by_row.py), as corrections."""
+    T, H, c, e = step.tokens, layer.hidden, step.compute, step.stream
+    row = T * H * e
+    found: dict[str, int] = {"1/rms": 0}
+    statistics = 8 if layer.layer_norm else 4  # LayerNorm keeps a mean too
+    for how in (layer.input_norm, layer.post_norm):
+        found["1/rms"] += {"": 0, "shared": 0, "fused": 4}.get(how, statistics) * T
+    if layer.input_norm == "apart":
+        found["normalized input"] = row
+    if layer.post_norm == "apart":
+        found["normalized middle"] = row
+    if layer.attention_post_norm:
+        found["output of attention"], found["1/rms"] = row, found["1/rms"] + statistics * T
+    if layer.mlp_post_norm:
+        found["output of the MLP"], found["1/rms"] = row, found["1/rms"] + statistics * T
+    if layer.parallel and layer.post_norm in ("shared", "apart"):
+        found["middle of the residual stream"] = 0  # there is none: both read x, or what was normalized of it
+    if layer.table_copies:
+        found["cos and sin"] = 2 * step.length * layer.head_dim * e
+    if layer.head_norm == "apart":
+        found["q, k turned"] = T * (layer.queries + layer.keys) * c
+    if step.masked(layer):
+        found["mask of the window"] = step.batch * step.length**2 * c
+    if step.eager:
+        found["scores"] = step.batch * layer.heads * step.length**2 * (c + 4)
+    if not layer.gated:
+        inner = sum(linear.out_features for linear in layer.gate_up)
+        found["gate, up"] = 2 * T * inner * c  # before and after the activation
+        if not layer.gate_up:
+            found["experts"] = _experts(layer, step)
+    return found
+
+
+def _experts(layer: LayerShape, step: Step) -> int:
+    """About what the experts of the host keep: the input of each product and the activation's own."""
+    weights = [linear for linear in layer.others if linear.weights > layer.hidden * 1024 or layer.active < 1]
+    widths = sum(linear.in_features + linear.out_features for linear in weights) * layer.active
+    return int(step.tokens * widths * step.compute)
+
+
+def _kept_by_host(layer: LayerShape, step: Step) -> dict[str, int]:
+    """What a layer keeps that runs as the host wrote it, as PyTorch and PEFT save it.
+
+    Norms keep their input, projections with an adapter theirs (and x Aᵀ), attention q, k, v and its output, the
+    activation of an MLP without a gate its input and, where it is a formula of several operations (GPT-2's), what is
+    between them.
+    """
+    T, H, c, e = step.tokens, layer.hidden, step.compute, step.stream
+    adapted = [linear for linear in layer.linears if linear.rank]
+    trained = [linear for linear in layer.linears if linear.trained and not linear.rank]
+    norm = 8 if layer.layer_norm else 4
+    found = {
+        "residual stream": T * H * e,
+        "middle of the residual stream": T * H * e,
+        "1/rms": 2 * norm * T,
+        "q, k, v": T * (layer.queries + 2 * layer.keys) * c,
+        "attention output": T * layer.queries * c,
+        "logsumexp": 4 * T * layer.heads,
+        "inputs of projections": sum(
+            T * linear.in_features * (linear.adapter_itemsize if linear.rank and c != 2 else c)
+            for linear in {(x.in_features, x.out_features): x for x in (*adapted, *trained)}.values()
+        ),
+        "x Aᵀ": sum(T * linear.rank * c for linear in adapted),
+    }
+    inner = max((linear.out_features for linear in layer.others if linear.in_features == H), default=4 * H)
+    found["activation"] = 4 * T * inner * c
+    if step.eager:
+        found["scores"] = step.batch * layer.heads * step.length**2 * (c + 4)
+    return found
+
+
+def _widths(layer: LayerShape, step: Step) -> Widths:
+    return Widths(
+        hidden=layer.hidden,
+        intermediate=layer.intermediate if layer.gated else 0,
+        queries=layer.queries,
+        keys=layer.keys,
+        heads=layer.heads,
+        residual_bytes=step.stream,
+        compute_bytes=step.compute,
+        qkv=_rank(layer.qkv, step),
+        out=_rank(layer.out, step),
+        gate_up=_rank(layer.gate_up, step),
+        down=_rank(layer.down, step),
+        head_norm=layer.head_norm == "fused",
+        repeats=step.masked(layer) and layer.heads != layer.kv_heads,
+    )
+
+
+def _rank(linears: Linears, step: Step) -> Rank:
+    adapted = [linear for linear in linears if linear.rank]
+    copied = len(linears) > 1 or any(linear.adapter_itemsize != step.compute for linear in adapted)
+    return Rank(sum(linear.rank for linear in adapted), sum(linear.drops for linear in adapted), copied)
+
+
+# --- moments ----------------------------------------------------------------------------------------------------------
+
+
+OF_THE_MLP = frozenset(
+    (
+        "gate, up",
+        "adapters of gate, up",
+        "adapter of down",
+        "dropout masks",
+        "middle of the residual stream",
+        "normalized middle",
+        "output of the MLP",
+        "experts",
+    )
+)
+"""Tensors that the layer's backward has freed when attention's begins."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """One layer under one policy: bytes it keeps on the device and on the host, the highest of its forward and of its
+    backward (see :class:`~fastplug.memory.costs.PolicyCost`), and staging buffers."""
+
+    saved: int
+    host: int
+    forward: int
+    backward: int
+    shared: int
+
+
+def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
+    """The bytes of a layer under a policy."""
+    held = sum(kept(layer, step, policy).values())
+    everything = sum(kept(layer, step).values())
+    row = step.tokens * layer.hidden * step.stream
+    if not layer.fused:
+        inner = 2 * step.tokens * max((linear.out_features for linear in layer.linears), default=0) * step.compute
+        return Peaks(held, 0, held + inner + row, held + 2 * inner + 2 * row + _buffer(layer.linears, step), 0)
+    mlp = sum(size for name, size in kept(layer, step).items() if name in OF_THE_MLP)
+    before_mlp = everything - mlp  # what attention keeps
+    inside = everything  # what is there when the layer's backward begins, recomputed or not
+    if policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and step.tile < step.tokens):
+        inside = sum(kept(layer, step, Policy.DROP_GATE_UP).values())
+    forward = max(_attention_forward(layer, step), before_mlp + _mlp_forward(layer, step, policy))
+    backward = row + max(inside + _mlp_backward(layer, step, policy), before_mlp + _attention_backward(layer, step))
+    if policy.checkpoints:
+        backward = max(backward, row + forward)  # which runs again
+        own = sum(kept(layer, step, Policy.RESIDUAL).values())
+        forward = max(_attention_forward(layer, step), own + _mlp_forward(layer, step, policy))
+    forward = max(forward, held + row)
+    if policy.offloads:
+        return Peaks(0, held, forward, backward, (STAGED - 1) * held)
+    return Peaks(held, 0, forward, backward, 0)
+
+
+def _attention_forward(layer: LayerShape, step: Step) -> int:
+    """From the layer's input to the output of attention's last projection."""
+    T, c = step.tokens, step.compute
+    x, wide = T * layer.hidden * step.stream, T * (layer.queries + 2 * layer.keys) * c
+    entering = T * (layer.hidden + _extra(layer.qkv, step)) * c
+    mixed, out = T * layer.queries * c, T * layer.hidden * c
+    turned = T * (layer.queries + layer.keys) * c if layer.head_norm else 0
+    repeated = 2 * mixed if step.masked(layer) and layer.heads != layer.kv_heads else 0
+    mask = 2 * step.batch * step.length**2 * c if step.masked(layer) else 0
+    scores = step.batch * layer.heads * step.length**2 * (c + 4) if step.eager else 0
+    return x + max(
+        entering + wide + max(_buffer(layer.qkv, step), turned),
+        wide + turned + repeated + mask + scores + mixed,
+        wide + turned + repeated + mask + mixed + out + _buffer(layer.out, step),
+    )
+
+
+def _mlp_forward(layer: LayerShape, step: Step, policy: Policy) -> int:
+    """From attention's output to the layer's, above what attention keeps."""
+    c, T = step.compute, step.tokens
+    t = T if policy is Policy.KEEP else step.tile
+    row = T * layer.hidden * step.stream
+    base = T * layer.hidden * c + row  # attention's output and the stream between
+    if not layer.down:
+        return base + row + _experts(layer, step) * 2
+    width = sum(linear.out_features for linear in layer.gate_up)
+    entering = t * (layer.hidden + _extra(layer.gate_up, step)) * c
+    hidden = t * (layer.intermediate + _extra(layer.down, step)) * c
+    tiled = row if t < T else 0  # the output is there from the first tile on
+    return (
+        base
+        + tiled
+        + max(
+            entering + t * width * c + _buffer(layer.gate_up, step),
+            t * width * c + hidden + row + _buffer(layer.down, step),
+        )
+    )
+
+
+def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
+    """Above what the layer keeps and the gradient of its output (ops/lora/gated_mlp_rows.py)."""
+    c, T = step.compute, step.tokens
+    t = T if policy is Policy.KEEP else step.tile
+    row = T * layer.hidden * step.stream
+    if not layer.down:
+        return _experts(layer, step) + row
+    H, inner = layer.hidden, layer.intermediate
+    width = sum(linear.out_features for linear in layer.gate_up)
+    cast = t * H * c if step.stream != c else 0
+    room = t * (H + _extra(layer.down, step)) * c if _extra(layer.down, step) and inner > H else 0
+    d_hidden = t * inner * c
+    d_wide = t * (width + _extra(layer.gate_up, step)) * c
+    d_normed, wide = t * H * c, t * width * c
+    again = wide if policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and t < T) else 0
+    overwritten = again and not _extra(layer.gate_up, step)
+    down, gate_up = _buffer(layer.down, step), _buffer(layer.gate_up, step)
+    weights = _trained(layer.down) + _trained(layer.gate_up)
+    moments = [
+        again + cast + room + down + d_hidden,
+        cast + d_hidden + d_wide + (0 if overwritten else again),
+        cast + d_wide + gate_up + d_normed,
+        cast + d_wide + 2 * d_normed + weights,
+        cast + 2 * d_normed + row,
+    ]
+    if again:
+        moments.append(t * (H + _extra(layer.gate_up, step)) * c + gate_up + again)
+    return max(moments) + (row if t < T else 0)
+
+
+def _attention_backward(layer: LayerShape, step: Step) -> int:
+    """Above what attention keeps and the gradient of the layer's output, which the stream's replaces."""
+    c, T = step.compute, step.tokens
+    wide, mixed = T * (layer.queries + 2 * layer.keys) * c, T * layer.queries * c
+    accumulator = T * layer.queries * 4  # dq is summed in fp32
+    expanded = 2 * mixed if layer.heads != layer.kv_heads else 0
+    mask = step.batch * step.length**2 * c if step.masked(layer) else 0
+    scores = 2 * step.batch * layer.heads * step.length**2 * c if step.eager else 0
+    d_normed = T * layer.hidden * c
+    return max(
+        d_normed + mixed + _buffer(layer.out, step) + _trained(layer.out),
+        mixed + wide + accumulator + expanded + mask + scores,
+        wide + wide + _buffer(layer.qkv, step) + d_normed,
+        wide + wide + 2 * d_normed + _trained(layer.qkv),
+    )
+
+
+def _extra(linears: Linears, step: Step) -> int:
+    """Columns that the adapters take beside x (ops/lora/group.py)."""
+    rank = sum(linear.rank for linear in linears)
+    decoded = any(linear.decoded for linear in linears)
+    return rank if decoded and rank % FOLDED == 0 and step.compute == 2 else 0
+
+
+def _buffer(linears: Linears, step: Step) -> int:
+    """Bytes of decoded or cast weights that a product of these needs at once."""
+    rank = _extra(linears, step)
+    if any(linear.decoded for linear in linears):
+        rows = sum(linear.out_features for linear in linears)
+        columns = max(linear.in_features for linear in linears)
+        return (rows * columns + rank * max(rows, columns)) * step.compute
+    return sum(linear.weights * step.compute for linear in linears if linear.itemsize != step.compute)
+
+
+def _trained(linears: Linears) -> int:
+    return sum(linear.trained for linear in linears)
+
+
+# --- around the layers ------------------------------------------------------------------------------------------------
+
+
+def head_peak(shape: ModelShape, batch: int, length: int) -> dict[str, int]:
+    """Bytes by name that head and loss need beside what the layers keep."""
+    T, H, V = batch * length, shape.hidden, shape.vocabulary
+    c = shape.compute_itemsize if shape.head_itemsize == 4 and shape.compute_itemsize == 2 else shape.head_itemsize
+    rows, columns = _chunk(T, V, c)
+    found = {
+        "logits": rows * columns * c,
+        "hidden states": T * H * (2 * shape.stream_itemsize + c) + 24 * T,  # last residual, normalized, their gradient
+        "head": V * H * c if shape.head_itemsize != c else 0,
+    }
+    if shape.head_trained:
+        several = rows < T
+        found["head"] += V * H * (4 + shape.head_itemsize if several else c)
+    return found
+
+
+def _chunk(tokens: int, vocabulary: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of the buffer that the logits live in."""
+    import torch
+
+    dtype = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+    parts = chunks(tokens, vocabulary, dtype, torch.device("cuda"), None)
+    return (parts[0].stop if parts else 0), -(-vocabulary // 64) * 64
+
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit", "sgd", "adafactor", "none")
+
+
+def optimizer_bytes(trained: Iterable[tuple[int, int]], optimizer: str) -> int:
+    """Bytes of states on the device, for (elements, bytes of one) of what is trained.
+
+    PyTorch keeps states in the parameter's dtype, two of them for AdamW. bitsandbytes' 8-bit states have an fp32 scale
+    for each 256; its paged states lie in host memory as long as the device is full. Adafactor keeps rows and columns.
+    """
+    states = {"adamw": 2, "adamw_8bit": 2, "lion": 1, "lion_8bit": 1}.get(optimizer, 0)
+    eight = optimizer.endswith("8bit")
+    return int(sum(count * states * (1 + 4 / 256 if eight else itemsize) for count, itemsize in trained))
+
+
+def fixed_bytes(shape: ModelShape, optimizer: str = "adamw") -> dict[str, int]:
+    """Bytes by name that are there at every moment of training, the gradients of the layers left out."""
+    adapters = shape.adapter_bytes
+    found = {
+        "weights": shape.weight_bytes,
+        "adapters": adapters,
+        "optimizer": optimizer_bytes(shape.trained, optimizer),
+        "gradients outside the layers": shape.other_trained,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def step_bytes(shape: ModelShape, batch: int, length: int) -> int:
+    """Bytes of a step that all layers share: tokens, labels, positions, cos and sin, masks of windows."""
+    head_dim = max(layer.head_dim for layer in shape.layers)
+    kinds = len({layer.window for layer in shape.layers})
+    masks = sum(length**2 for window in {layer.window for layer in shape.layers} if window and length > window)
+    mask = masks if shape.attention in ("sdpa", "eager") else 0
+    return 32 * batch * length + kinds * 2 * length * head_dim * shape.stream_itemsize + mask
+
+
+__all__ = [
+    "GPU_BYTES",
+    "OPTIMIZERS",
+    "Peaks",
+    "Step",
+    "fixed_bytes",
+    "head_peak",
+    "kept",
+    "optimizer_bytes",
+    "peaks",
+    "step_bytes",
+]

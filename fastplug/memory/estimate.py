@@ -1,0 +1,211 @@
+"""From shapes to costs, and from costs to the best plan: what a plan rests on before anything was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastplug.errors import OptionError
+from fastplug.memory.bytes import Step, fixed_bytes, head_peak, peaks, step_bytes
+from fastplug.memory.costs import LayerCosts, PolicyCost
+from fastplug.memory.gpus import GPU, GPUS
+from fastplug.memory.meter import CONTEXT
+from fastplug.memory.plan import Plan
+from fastplug.memory.policy import Policy
+from fastplug.memory.shapes import LayerShape, ModelShape
+from fastplug.memory.solve import DoesNotFit, assemble, least_budget, solve
+from fastplug.memory.times import layer_ms, other_ms
+
+SLACK = 0.03
+"""Reserved beyond allocated bytes: blocks that are cut too small or too large for what comes next."""
+TILES = (16384, 8192, 4096, 2048)
+"""Tokens in the MLP at once that are tried where gate and up are not kept, beside all of them."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that :func:`~fastplug.memory.solve.solve` wants to know of one shape of batch.
+
+    Attributes:
+        layers: Costs of the decoder layers.
+        fixed: Bytes by name that are always there.
+        head: Bytes by name that head and loss need beside what layers keep.
+        other_ms: Milliseconds outside the layers.
+        step: The step.
+    """
+
+    layers: tuple[LayerCosts, ...]
+    fixed: dict[str, int]
+    head: dict[str, int]
+    other_ms: float
+    step: Step
+
+    @property
+    def head_peak(self) -> int:
+        return sum(self.head.values())
+
+
+def layer_costs(
+    shape: ModelShape, batch: int, length: int, gpu: GPU = GPUS[0], tile_rows: int | None = None
+) -> tuple[LayerCosts, ...]:
+    """The costs of every layer under every policy that it can have, reasoned from shapes."""
+    step = Step.of(shape, batch, length, tile_rows)
+    known: dict[LayerShape, LayerCosts] = {}
+    for layer in shape.layers:
+        if layer not in known:
+            known[layer] = LayerCosts(
+                {policy: _cost(layer, step, policy, gpu) for policy in policies_of(layer)}, layer.gradient_bytes
+            )
+    return tuple(known[layer] for layer in shape.layers)
+
+
+def policies_of(layer: LayerShape) -> tuple[Policy, ...]:
+    """The policies that a layer can have: one that the host runs keeps what it keeps."""
+    if not layer.fused:
+        return (Policy.KEEP,)
+    return tuple(policy for policy in Policy if layer.gated or policy is not Policy.DROP_GATE_UP)
+
+
+def _cost(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> PolicyCost:
+    found = peaks(layer, step, policy)
+    ms = layer_ms(layer, step, policy, gpu)
+    return PolicyCost(found.saved, found.forward, found.backward, ms, found.host, found.shared)
+
+
+def estimate(
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    *,
+    gpu: GPU = GPUS[0],
+    optimizer: str = "adamw",
+    tile_rows: int | None = None,
+) -> Estimate:
+    """The costs of one micro-batch of ``batch`` x ``length`` tokens.
+
+    Raises:
+        OptionError: There is no token.
+    """
+    if batch < 1 or length < 1:
+        raise OptionError(f"fastplug: a batch of {batch} x {length} has no token")
+    fixed = {**fixed_bytes(shape, optimizer), "step": step_bytes(shape, batch, length)}
+    step = Step.of(shape, batch, length, tile_rows)
+    layers = layer_costs(shape, batch, length, gpu, tile_rows)
+    return Estimate(layers, fixed, head_peak(shape, batch, length), other_ms(shape, step, gpu), step)
+
+
+def best_plan(
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    budget: int,
+    *,
+    gpu: GPU = GPUS[0],
+    optimizer: str = "adamw",
+    accumulating: bool = True,
+    policies: Sequence[Policy] = tuple(Policy),
+    host_budget: int | None = None,
+    context: int = CONTEXT,
+    slack: float = SLACK,
+) -> Plan:
+    """The fastest plan within ``budget`` bytes, MLPs in tiles included. See :func:`~fastplug.memory.solve.solve`.
+
+    Raises:
+        DoesNotFit: Nothing fits.
+    """
+    found: Plan | None = None
+    error: DoesNotFit | None = None
+    for tile_rows in (None, *(rows for rows in TILES if rows < batch * length)):
+        given = estimate(shape, batch, length, gpu=gpu, optimizer=optimizer, tile_rows=tile_rows)
+        try:
+            made = solve(
+                [layer.only(*policies) for layer in given.layers],
+                given.fixed,
+                budget,
+                head_peak=given.head_peak,
+                accumulating=accumulating,
+                host_budget=host_budget,
+                context=context,
+                slack=slack,
+                other_ms=given.other_ms,
+                batch=batch,
+                sequence=length,
+            )
+        except DoesNotFit as failed:
+            error = failed if error is None or failed.least < error.least else error
+            continue
+        if found is None or made.ms < found.ms:
+            found = replace(made, tile_rows=tile_rows, model=shape.name, gpu=gpu.name)
+        if set(made.policies) == {Policy.KEEP}:
+            break
+    if found is None:
+        assert error is not None
+        raise error
+    return found
+
+
+def uniform_plan(
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    budget: int,
+    policy: Policy,
+    *,
+    gpu: GPU = GPUS[0],
+    optimizer: str = "adamw",
+    accumulating: bool = True,
+    tile_rows: int | None = None,
+    context: int = CONTEXT,
+    slack: float = SLACK,
+) -> Plan:
+    """What it needs if every layer has ``policy``, or KEEP where it cannot; it may exceed the budget."""
+    given = estimate(shape, batch, length, gpu=gpu, optimizer=optimizer, tile_rows=tile_rows)
+    chosen = [policy if policy in layer.policies else Policy.KEEP for layer in given.layers]
+    made = assemble(
+        given.layers,
+        chosen,
+        given.fixed,
+        budget,
+        head_peak=given.head_peak,
+        accumulating=accumulating,
+        context=context,
+        slack=slack,
+        other_ms=given.other_ms,
+        batch=batch,
+        sequence=length,
+    )
+    return replace(made, tile_rows=tile_rows, model=shape.name, gpu=gpu.name)
+
+
+def least(
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    *,
+    optimizer: str = "adamw",
+    accumulating: bool = True,
+    policies: Sequence[Policy] = tuple(Policy),
+    host_budget: int | None = None,
+    context: int = CONTEXT,
+    slack: float = SLACK,
+) -> int:
+    """The smallest budget in bytes for which there is a plan, MLPs in tiles included."""
+    needs = []
+    for tile_rows in {None, min(TILES)} if batch * length > min(TILES) else {None}:
+        given = estimate(shape, batch, length, optimizer=optimizer, tile_rows=tile_rows)
+        layers = [layer.only(*policies) for layer in given.layers]
+        needs.append(
+            least_budget(
+                layers,
+                given.fixed,
+                head_peak=given.head_peak,
+                accumulating=accumulating,
+                host_budget=host_budget,
+                context=context,
+                slack=slack,
+            )
+        )
+    return min(needs)
+
+
+__all__ = ["SLACK", "TILES", "Estimate", "best_plan", "estimate", "layer_costs", "least", "policies_of", "uniform_plan"]

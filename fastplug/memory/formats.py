@@ -1,0 +1,71 @@
+"""How many bytes a weight takes in each format, with its scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastplug.errors import OptionError
+
+BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
+NESTED = 256  # scales that share one in double quantization
+
+BITS = {
+    # format: (bits of a weight with what it shares in groups, bytes a row, bytes a tensor)
+    "nf4": (4 + 8 / BLOCK + 32 / (BLOCK * NESTED), 0, 64 + 1024 + 4),
+    "fp4": (4 + 8 / BLOCK + 32 / (BLOCK * NESTED), 0, 64 + 1024 + 4),
+    "nf4-single": (4 + 32 / BLOCK, 0, 64),
+    "fp4-single": (4 + 32 / BLOCK, 0, 64),
+    "int8": (8, 4, 0),
+    "fp8": (8, 4, 0),
+    "int4": (4 + (16 + 16) / 128, 0, 0),
+}
+"""``nf4`` and ``fp4`` are bitsandbytes' with double quantization, ``-single`` without; ``int8`` bitsandbytes' LLM.int8;
+``fp8`` with a scale a row; ``int4`` what GPTQ, AWQ and HQQ have at groups of 128, 16 bits of scale and of zero each."""
+
+
+def checked(quant: str) -> str:
+    """A name of :data:`BITS`.
+
+    Raises:
+        OptionError: It is none.
+    """
+    if quant not in BITS:
+        raise OptionError(f"fastplug: quant cannot be {quant!r}; one of {', '.join(BITS)}")
+    return quant
+
+
+def encoded_bytes(quant: str, out_features: int, in_features: int) -> int:
+    """Bytes of a weight [out_features, in_features] in a format, scales included."""
+    bits, row, tensor = BITS[checked(quant)]
+    return int(-(-out_features * in_features * bits // 8)) + out_features * row + tensor
+
+
+def stored_bytes(linear: Any) -> int:
+    """Bytes of what a linear module stores: its own parameters and buffers, and the tensors of bitsandbytes' state.
+
+    A 4-bit weight that was never quantized, as on the meta device, counts as what it will be.
+    """
+    weight = linear.weight
+    own = [*linear.parameters(recurse=False), *linear.buffers(recurse=False)]
+    state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
+    kind = getattr(weight, "quant_type", None)
+    if kind in ("nf4", "fp4") and state is None:
+        double = getattr(weight, "compress_statistics", True)
+        size = encoded_bytes(kind if double else f"{kind}-single", linear.out_features, linear.in_features)
+        return size + sum(_bytes(tensor) for tensor in own if tensor is not weight)
+    if state is not None:
+        inner = getattr(state, "state2", None)
+        own += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor)]
+        own += [
+            t for t in (getattr(inner, "absmax", None), getattr(inner, "code", None)) if isinstance(t, torch.Tensor)
+        ]
+    int8 = getattr(weight, "SCB", None)
+    if isinstance(int8, torch.Tensor):
+        own.append(int8)
+    return sum(_bytes(tensor) for tensor in {id(tensor): tensor for tensor in own}.values())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
