@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fastplug.memory.policy import Policy
-from fastplug.patching.sites import Binding, FastForward
+from fastplug.memory.kept_attention import Attentions, refusal
+from fastplug.memory.offload import Offloader
+from fastplug.memory.policy import MLPMemory, Policy
+from fastplug.ops.recompute import checkpointing, recomputing
+from fastplug.patching.sites import NotCovered
+
+if TYPE_CHECKING:
+    from fastplug.patching.sites import Binding, FastForward
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 def run(
@@ -19,10 +31,13 @@ def run(
     tile_rows: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The result of the layer's fast forward, run so that it keeps what ``policy`` says.
+    """The result of the layer's fast forward, run so that it keeps what ``policy`` (or :func:`effective`) says.
+
+    Random numbers and autocast are in the second pass what they were in the first; results and gradients have the same
+    bits under every policy, but for tiles.
 
     Args:
-        policy: What the layer keeps. Without gradients every policy is KEEP.
+        policy: What the layer keeps.
         fast: ``fast(layer, binding, **kwargs)``, as made by :func:`fastplug.graphs.replay.replayed`.
         layer: The decoder layer.
         binding: Its binding.
@@ -34,8 +49,84 @@ def run(
         What ``fast`` returns; :class:`~fastplug.patching.sites.NotCovered` only under KEEP and DROP_GATE_UP. Under the
         other policies a call that the fast forward leaves to the original one runs that one, checkpointed, and is
         counted in ``binding.fallbacks``.
+
+    Raises:
+        HostMemoryError: An offloading policy, and the host has too little memory left.
     """
-    return fast(layer, binding, **kwargs)
+    policy, _ = effective(policy, layer, binding, kwargs)
+    if policy is Policy.KEEP:
+        return fast(layer, binding, **kwargs)
+    if policy is Policy.DROP_GATE_UP or tile_rows is not None:
+        kwargs["mlp_memory"] = MLPMemory(policy is not Policy.DROP_GATE_UP, tile_rows)
+    if policy is Policy.DROP_GATE_UP:
+        return fast(layer, binding, **kwargs)
+    return _checkpointed(policy, fast, layer, binding, kwargs)
 
 
-__all__ = ["run"]
+def effective(policy: Policy, layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> tuple[Policy, str | None]:
+    """The policy that a call of :func:`run` follows, and why it is not the one asked for, if it is not."""
+    if policy is Policy.KEEP or not torch.is_grad_enabled():
+        return Policy.KEEP, None
+    if torch.compiler.is_compiling():
+        return Policy.KEEP, "torch.compile decides itself what is computed again"
+    if checkpointing() == "checkpointed" or recomputing():
+        return Policy.KEEP, "the host checkpoints the layer"
+    if not policy.checkpoints:
+        return policy, None
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    if cache is not None and type(cache).__name__ != "StepCache":
+        return Policy.KEEP, "a key/value cache is filled, which a second pass would do again (pass use_cache=False)"
+    if policy.keeps_attention:
+        reason = attention_refusal(layer, binding)
+        if reason is not None:
+            return (Policy.OFFLOAD if policy.offloads else Policy.RESIDUAL), reason
+    return policy, None
+
+
+def attention_refusal(layer: nn.Module, binding: Binding) -> str | None:
+    """Why the attention of a layer cannot be kept while the rest is computed again, or None."""
+    attention: Any = getattr(layer, binding.family.attention_name)
+    dropout = getattr(attention, "attention_dropout", 0.0) if attention.training else 0.0
+    return refusal(attention.config._attn_implementation, dropout)
+
+
+def offloader(binding: Binding) -> Offloader:
+    """What moves the tensors of all layers of one ``apply`` on the device of its report."""
+    runtime = binding.runtime
+    if runtime.offload is None:
+        runtime.offload = Offloader(_exactly(torch.device(binding.report.device)))
+    return runtime.offload  # type: ignore[no-any-return]
+
+
+def _exactly(device: torch.device) -> torch.device:
+    """With its index: tensors' devices have one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _checkpointed(policy: Policy, fast: FastForward, layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Any:
+    group = None
+    hooks: AbstractContextManager[Any] = contextlib.nullcontext()
+    if policy.offloads:
+        fast = getattr(fast, "__wrapped__", fast)  # a replayed layer would hold its input itself
+        group = offloader(binding).group()
+        hooks = torch.autograd.graph.saved_tensors_hooks(group.pack, group.unpack)
+    more: dict[str, Any] = {}
+    if policy.keeps_attention:
+        attentions = Attentions(group)
+        more["context_fn"] = lambda: (attentions.first(), attentions.second())
+
+    def forward(x: torch.Tensor, **kwargs: Any) -> Any:
+        result = fast(layer, binding, hidden_states=x, **kwargs)
+        if type(result) is not NotCovered:
+            return result
+        if result.reason is not None and not recomputing():
+            binding.fallbacks[result.reason] += 1
+        kwargs.pop("mlp_memory", None)
+        return binding.base.forward(layer, x, **kwargs)
+
+    x = kwargs.pop("hidden_states")
+    with hooks:  # what the checkpoint itself saves is x; what runs inside of it has the checkpoint's hooks
+        return checkpoint(forward, x, use_reentrant=False, **more, **kwargs)
+
+
+__all__ = ["attention_refusal", "effective", "offloader", "run"]

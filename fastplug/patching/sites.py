@@ -41,6 +41,7 @@ class Runtime:
     codecs: Sequence[Codec]
     codec_of: dict[type, Any] = field(default_factory=dict)
     graphs: Any = None  # fastplug.graphs.replay.Shared, once a layer was asked
+    offload: Any = None  # fastplug.memory.offload.Offloader, once a layer's input was offloaded
     memory: Any = None  # fastplug.memory.runtime.Planner, where the options ask for a plan
     fp8: Fp8 | None = None  # where base products are computed in FP8
     exact: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)  # linear modules that are left out

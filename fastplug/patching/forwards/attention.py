@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastplug.families import Family
+from fastplug.memory.kept_attention import keep, keeping_sdpa
+from fastplug.ops.document_attention import DocumentMask, choose, document_attention
 from fastplug.ops.lora.attention_input import AttentionInput, Norm, attention_input
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.linear import lora_linear
@@ -209,10 +211,28 @@ def attend(
     else:
         function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[implementation]
     dropout = attention.attention_dropout if attention.training else 0.0
-    with _backend(runtime, implementation, q, mask, dropout):
+    if type(mask) is DocumentMask and implementation == "sdpa" and _documents_only(q, k, dropout, rest):
+        arguments = (mask.documents, mask.window, attention.scaling)
+        if choose(q, *arguments[:2]) == "varlen":
+            return keep(document_attention, q, k, v, *arguments), None
+        with keeping_sdpa():
+            return document_attention(q, k, v, *arguments), None
+
+    def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return function(  # type: ignore[no-any-return]
             attention, q, k, v, mask, dropout=dropout, scaling=attention.scaling, **rest
         )
+
+    if implementation.startswith("flash"):
+        return keep(own, q, k, v)  # type: ignore[no-any-return]
+    with _backend(runtime, implementation, q, mask, dropout), keeping_sdpa():
+        return own(q, k, v)
+
+
+def _documents_only(q: torch.Tensor, k: torch.Tensor, dropout: float, arguments: dict[str, Any]) -> bool:
+    """Whether attention within documents is all that the model asks of ``sdpa``."""
+    asked = [arguments.get(name) for name in ("position_bias", "softcap", "s_aux", "cache", "output_attentions")]
+    return not dropout and q.shape[2] == k.shape[2] and all(value is None or value is False for value in asked)
 
 
 def _backend(

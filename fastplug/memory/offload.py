@@ -1,0 +1,167 @@
+"""Tensors that wait for the backward in host memory.
+
+A tensor is copied out on a stream of its own while its layer runs, and its memory on the device is given up when the
+next layer but one begins; by then the copy is done, or the device waits for it. In the backward the tensors of one
+layer are copied back while the layer after it runs. So two layers' tensors are on the device at a time (double
+buffering), and copies and computation overlap. The copies are of bytes: exact for every dtype.
+
+No memory is ever given up while a copy may still use it: device memory is freed after the computing stream has been
+made to wait for the copy's event, and pieces of host memory are used again by later copies on the same stream only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from fastplug.memory.host_memory import PIECE, HostPool, check_host_memory
+
+SMALLEST = 2**16  # bytes below which a tensor stays on the device
+
+
+class Handle:
+    """The bytes of one tensor: on the device, on the host, or both."""
+
+    def __init__(self, pool: HostPool, on_device: torch.Tensor, pieces: list[torch.Tensor]) -> None:
+        self.size = on_device.numel()  # bytes
+        self.on_device: torch.Tensor | None = on_device  # uint8 [size]
+        self.pieces = pieces
+        self.event: torch.cuda.Event | None = None  # of the latest copy
+        self._finalizer = weakref.finalize(self, pool.give, pieces)
+
+
+class Packed(NamedTuple):
+    """What a group gives for a tensor: its bytes, and how they are to be seen."""
+
+    handle: Handle
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+class Group:
+    """The offloaded tensors of one run of one layer."""
+
+    def __init__(self, offloader: Offloader) -> None:
+        self._offloader = offloader
+        self._handles: list[Handle] = []
+        self._known: dict[tuple[int, int], Handle] = {}  # by address and size in bytes
+
+    def pack(self, tensor: torch.Tensor) -> Packed | torch.Tensor:
+        """Offload a tensor; small ones, and those of other devices, stay what they are. For ``saved_tensors_hooks``."""
+        tensor = tensor.detach()
+        if tensor.device != self._offloader.device or tensor.numel() * tensor.itemsize < SMALLEST:
+            return tensor
+        if not torch.ops.aten.is_non_overlapping_and_dense(tensor):  # type: ignore[no-untyped-call]
+            tensor = tensor.contiguous()
+        key = tensor.data_ptr(), tensor.numel() * tensor.itemsize
+        handle = self._known.get(key)
+        if handle is None or handle.on_device is None:  # an address is used again once it was given up
+            handle = self._known[key] = self._offloader.copy_out(tensor)
+            self._handles.append(handle)
+        return Packed(handle, tensor.dtype, tensor.size(), tensor.stride())
+
+    def unpack(self, packed: Packed | torch.Tensor) -> torch.Tensor:
+        """The tensor on the device again; the layer that comes next in the backward is copied in meanwhile."""
+        if isinstance(packed, torch.Tensor):
+            return packed
+        self.enter()
+        self._offloader.wait(packed.handle)
+        data = packed.handle.on_device
+        assert data is not None
+        self._offloader.next_is_before(self)
+        return data.view(packed.dtype).as_strided(packed.size, packed.stride)
+
+    def enter(self) -> None:
+        """Begin to copy back what is not on the device."""
+        for handle in self._handles:
+            self._offloader.copy_in(handle)
+
+    def leave(self) -> None:
+        """Give up the device memory."""
+        for handle in self._handles:
+            if handle.on_device is not None:
+                self._offloader.wait(handle)
+                handle.on_device = None
+
+
+class Offloader:
+    """Moves tensors of one device to the host and back.
+
+    Args:
+        device: On a CUDA device the host's memory is pinned and copies run beside the computation; elsewhere they are
+            plain copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = HostPool(pinned=device.type == "cuda")
+        self._stream: torch.cuda.Stream | None = None
+        self._groups: list[weakref.ref[Group]] = []
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that are held for offloading, in use or not."""
+        return self.pool.pieces * PIECE
+
+    def group(self) -> Group:
+        """For a layer whose forward begins now: those before the one that has just run leave the device."""
+        alive = self._alive()
+        for group in alive[:-1]:
+            group.leave()
+        made = Group(self)
+        self._groups = [weakref.ref(group) for group in (*alive, made)]
+        return made
+
+    def next_is_before(self, group: Group) -> None:
+        """A layer's backward begins: bring in the layer before it, and let all others leave the device."""
+        alive = self._alive()
+        place = alive.index(group)
+        for i, other in enumerate(alive):
+            if i == place - 1:
+                other.enter()
+            elif i != place:
+                other.leave()
+
+    def copy_out(self, tensor: torch.Tensor) -> Handle:
+        """Begin to copy a dense tensor to the host; the handle keeps it on the device for now."""
+        flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        handle = Handle(self.pool, flat, self.pool.take(flat.numel()))
+        self._copy([(piece[: len(part)], part) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
+        return handle
+
+    def copy_in(self, handle: Handle) -> None:
+        """Begin to copy back what is not on the device."""
+        if handle.on_device is not None:
+            return
+        flat = torch.empty(handle.size, dtype=torch.uint8, device=self.device)
+        handle.on_device = flat
+        self._copy([(part, piece[: len(part)]) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
+
+    def wait(self, handle: Handle) -> None:
+        """Let the computing stream wait for the latest copy of a handle."""
+        if handle.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(handle.event)
+
+    def _copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], handle: Handle) -> None:
+        if self.device.type != "cuda":
+            for target, source in pairs:
+                target.copy_(source)
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        # What is copied out has been computed, and what a copy in overwrites is no longer read, when this wait is over.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        handle.event = self._stream.record_event()
+
+    def _alive(self) -> list[Group]:
+        groups = [reference() for reference in self._groups]
+        return [group for group in groups if group is not None]
+
+
+__all__ = ["Group", "Offloader", "Packed", "check_host_memory"]
