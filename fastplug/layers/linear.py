@@ -43,7 +43,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the matrix
         self.out_features, self.in_features = encoded.shape
         self.codec, self.layout, self.dtype = encoded.codec, encoded.layout, dtype
-        names = _NAMES.get(encoded.codec.name, ())
+        names: tuple[str, ...] = _NAMES.get(encoded.codec.name, ())
         if len(names) < len(encoded.tensors) - 1:
             names = tuple(f"part{i}" for i in range(1, len(encoded.tensors)))
         self.parts = ("weight", *names[: len(encoded.tensors) - 1])

@@ -14,7 +14,7 @@ import torch
 
 from fastplug.ops.quantize_4bit import codes
 
-_CHUNK = 1 << 22  # values at a time: fp32 copies of a whole matrix would double the memory
+_CHUNK = 1 << 18  # values at a time: their copies in fp32 stay in the cache, and small beside a matrix
 _TINY = 1e-38
 
 
