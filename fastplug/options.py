@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from fastplug.errors import OptionError
 
-Role = Literal["decoder_layer", "attention", "mlp", "norm", "lm_head_loss"]
+Role = Literal["decoder_layer", "attention", "mlp", "norm", "linear", "lm_head_loss"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 
@@ -19,7 +19,8 @@ class Options:
 
     Attributes:
         strict: Raise :class:`~fastplug.errors.StrictError` when nothing could be patched or any site was refused.
-        disable: Roles to leave alone, out of ``decoder_layer``, ``attention``, ``mlp``, ``norm``, ``lm_head_loss``.
+        disable: Roles to leave alone, out of ``decoder_layer``, ``attention``, ``mlp``, ``norm``, ``linear``,
+            ``lm_head_loss``.
         kernels: ``"auto"`` takes Triton where the device has it and the PyTorch references elsewhere;
             ``"triton"`` and ``"reference"`` force one of them.
         attention: ``"auto"`` lets an ``sdpa`` model use the fastest exact backend of its GPU for purely causal masks;

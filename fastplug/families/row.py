@@ -108,6 +108,8 @@ class Family:
         residual_multiplier: The attribute of the layer with the factor on what both parts add to the stream, or None.
         rope_of_layer: Where the layer is given a rotation for each kind of layer: (keyword if the attribute is true,
             keyword if it is false, attribute of the attention module).
+        shared: For the role ``linear``, a module whose forward runs as it is: names of its projections, in groups that
+            read one tensor each.
         mixture: Whether some layers have a mixture of experts for an MLP; it runs as it is.
         layer_parameters: Parameters of the layer's forward with which transformers versions mark a layer that does
             more than this row says (it cuts the mask for its window, say): there the layer runs as it is, its parts
@@ -146,6 +148,7 @@ class Family:
     parallel: bool | str = False
     residual_multiplier: str | None = None
     rope_of_layer: tuple[str, str, str] | None = None
+    shared: tuple[tuple[str, ...], ...] = ()
     mixture: bool = False
     layer_parameters: tuple[str, ...] = ("last_cache_position",)
     head: str = "lm_head"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastplug.families.reading import shared_inputs
 from fastplug.families.row import Family, NormRow
 
 NAME = "by structure, checked"
@@ -30,25 +31,48 @@ def guesses(module: nn.Module, role: str) -> Iterator[Family]:
         yield from _norms(module)
     elif role == "mlp":
         yield from _mlps(module)
+    elif role == "linear":
+        yield from _projections(module)
     elif role == "lm_head_loss":
         yield row(type(module), role, trace_loss=True)
 
 
-def role_of(module: nn.Module) -> str | None:
-    """The role that a module of an unknown class might play, judged by what it holds."""
+def roles_of(module: nn.Module) -> tuple[str, ...]:
+    """The roles that a module of an unknown class might play, judged by what it holds, the best first."""
     kind = type(module)
     if kind.__module__.startswith(("torch.", "peft.", "bitsandbytes.")):
-        return None
+        return ()
     children = list(module.children())
     if not children:
         own = list(module.parameters(recurse=False))
-        if len(own) == 1 and own[0].dim() == 1 and "norm" in kind.__name__.lower():
-            return "norm" if computes_only(_base(kind)) else None
-        return None
+        named = len(own) == 1 and own[0].dim() == 1 and "norm" in kind.__name__.lower()
+        return ("norm",) if named and computes_only(_base(kind)) else ()
     parameters = inspect.signature(kind.forward).parameters
-    if len(children) <= 6 and len(_linears(module)) in (2, 3) and len(parameters) == 2:
-        return "mlp" if computes_only(_base(kind)) else None
-    return None
+    roles = []
+    if len(children) <= 6 and len(_linears(module)) in (2, 3) and len(parameters) == 2 and computes_only(_base(kind)):
+        roles.append("mlp")
+    if adapted(module):
+        roles.append("linear")
+    return tuple(roles)
+
+
+def adapted(module: nn.Module) -> list[str]:
+    """Names of the children that are linear layers with an adapter."""
+    shapes = dict(_linears(module))
+    return [name for name, child in module.named_children() if name in shapes and hasattr(child, "lora_A")]
+
+
+def _projections(module: nn.Module) -> Iterator[Family]:
+    names = adapted(module)
+    shapes = dict(_linears(module))
+    together = [
+        tuple(name for name in group if shapes[name][1] == width)
+        for group in shared_inputs(_base(type(module)), names)
+        for width in dict.fromkeys(shapes[name][1] for name in group)
+    ]
+    alone = [(name,) for name in names]
+    for groups in dict.fromkeys((tuple(together), tuple(alone))):
+        yield row(type(module), "linear", shared=groups)
 
 
 def row(kind: type, role: str, **values: Any) -> Family:

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastplug.patching.bind import MARK, parameter_names
+from fastplug.patching.forwards.shared_input import standing_in
 from fastplug.patching.report import Report
+from fastplug.patching.samples import Samples, tokens
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
+from fastplug.sharding import SHARDED, distributed
 
 # Relative to the largest value. A wrong structure is off by far more; both sides round in the same dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 ELEMENTS = 1 << 24  # of gradients that a check asks for
 
 
-def check(site: Site, implementation: Implementation, runtime: Runtime) -> str | None:
+def check(site: Site, implementation: Implementation, runtime: Runtime, samples: Samples) -> str | None:
     """Why the guess is wrong, or None: outputs and gradients of both forwards match."""
     module = site.module
     if any(parameter.is_meta for parameter in module.parameters()):
         return None  # a preview: nothing can be checked before the weights are there
+    if any(distributed(parameter) or not parameter.numel() for parameter in module.parameters()):
+        return f"it cannot be checked: one of its weights {SHARDED}"
+    if runtime.fp8 is not None:
+        runtime = dataclasses.replace(runtime, fp8=None)  # what is checked is the structure
     base = vars(type(module)).get(MARK, type(module))
     report = Report("", "", {})
     binding = Binding(base, site.name, site.family, runtime, implementation.name, report, parameter_names(base))
     try:
-        with _quiet(module):
+        with _quiet(samples.model if site.role == "linear" else module):
+            if site.role == "linear":
+                return _projections(module, binding, implementation, samples)
             probes = {"norm": _norm, "mlp": _mlp, "lm_head_loss": _loss}
             return probes[site.role](module, binding, implementation)
     except Exception as error:  # whatever a model's own code does on such input, it says the guess does not fit
@@ -68,16 +79,47 @@ def _mlp(module: nn.Module, binding: Binding, implementation: Implementation) ->
 
 def _loss(module: nn.Module, binding: Binding, implementation: Implementation) -> str | None:
     """A few tokens through the whole model: the loss as a mean, and over a given number of items."""
-    table = module.get_input_embeddings()  # type: ignore[operator]
-    tokens = torch.randint(2, min(table.num_embeddings, 1000), (2, 9), device=table.weight.device)
-    labels = tokens.clone()
+    ids = tokens(module)
+    labels = ids.clone()
     labels[:, 3:5] = -100
-    kwargs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     trained = _trained(module)
     reason = _compare(module, binding, implementation, (), kwargs, trained)
     if reason is None and "kwargs" in str(binding.base.forward.__code__.co_varnames):
         reason = _compare(module, binding, implementation, (), {**kwargs, "num_items_in_batch": 5}, trained)
     return reason
+
+
+def _projections(module: nn.Module, binding: Binding, implementation: Implementation, samples: Samples) -> str | None:
+    """On what the module is called with when the model reads a few tokens."""
+    if samples.of(module) is None:
+        return "it cannot be checked: a few tokens of text do not reach it"
+    with standing_in(module, binding) as groups:
+        args, kwargs = samples.of(module) or ((), {})
+        binding.base.forward(module, *args, **kwargs)
+        if any(group.parts for group in groups):
+            return "not all of the projections that seem to read one tensor do"
+    binding.fallbacks.clear()
+    results = []
+    for fast in (True, False):
+        args, kwargs = samples.of(module) or ((), {})
+        inputs = [x.requires_grad_() for x in tensors((args, kwargs)) if x.is_floating_point()]
+        run = implementation.forward if fast else functools.partial(_own, binding.base)
+        torch.manual_seed(0)
+        results.append(_outcome(run(module, binding, *args, **kwargs), [*inputs, *_trained(module)]))
+    return _unlike(*results)
+
+
+def _own(base: Any, module: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
+    return base.forward(module, *args, **kwargs)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in a value of nested tuples, lists and mappings."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
@@ -101,29 +143,47 @@ def _compare(
 ) -> str | None:
     results = []
     for fast in (True, False):
+        run = implementation.forward if fast else functools.partial(_own, binding.base)
         torch.manual_seed(0)
-        if fast:
-            out = implementation.forward(module, binding, *args, **kwargs)
-        else:
-            out = binding.base.forward(module, *args, **kwargs)
-        if isinstance(out, NotCovered):
-            return f"the fused path does not cover it: {out.reason}"
-        value = out if isinstance(out, torch.Tensor) else out.loss
-        if not isinstance(value, torch.Tensor):
-            return "its forward does not return what was expected"
-        seed = torch.Generator().manual_seed(1)
-        weights = torch.randn(value.shape, generator=seed).to(value.device, value.dtype)
-        gradients: Sequence[torch.Tensor | None] = ()
-        if value.requires_grad and inputs:
-            gradients = torch.autograd.grad(value, inputs, weights, allow_unused=True)
-        results.append([value.detach(), *gradients])
+        results.append(_outcome(run(module, binding, *args, **kwargs), inputs))
+    return _unlike(*results)
+
+
+Outcome = tuple[list[torch.Tensor], Sequence[torch.Tensor | None]] | str
+
+
+def _outcome(out: Any, inputs: Sequence[torch.Tensor]) -> Outcome:
+    """The floating-point tensors among the outputs, or the loss where there is one, and the gradients of ``inputs``."""
+    if isinstance(out, NotCovered):
+        return f"the fused path does not cover it: {out.reason}"
+    loss = getattr(out, "loss", None)
+    values = [x for x in tensors(out if loss is None else loss) if x.is_floating_point()]
+    if not values:
+        return "its forward does not return what was expected"
+    seed = torch.Generator().manual_seed(1)
+    total = [(x.float() * torch.randn(x.shape, generator=seed).to(x.device)).sum() for x in values if x.requires_grad]
+    gradients: Sequence[torch.Tensor | None] = ()
+    if total and inputs:
+        gradients = torch.autograd.grad(torch.stack(total).sum(), inputs, allow_unused=True)
+    return [x.detach() for x in values], gradients
+
+
+def _unlike(ours: Outcome, theirs: Outcome) -> str | None:
+    if isinstance(ours, str) or isinstance(theirs, str):
+        return ours if isinstance(ours, str) else str(theirs)
+    if len(ours[0]) != len(theirs[0]) or len(ours[1]) != len(theirs[1]):
+        return "its output is not that of its own forward: it has other parts"
     # Some gradients are zero but for rounding (that of a key's bias): they are judged on the scale of the others.
-    scales = [float(gradient.abs().max()) for gradient in results[1][1:] if gradient is not None and gradient.numel()]
-    least = [0.0, *[1e-3 * max(scales, default=0.0)] * len(results[1])]
-    for i, (ours, theirs) in enumerate(zip(results[0], results[1], strict=True)):
-        reason = _differs(ours, theirs, least[i])
+    scales = [float(gradient.abs().max()) for gradient in theirs[1] if gradient is not None and gradient.numel()]
+    least = 1e-3 * max(scales, default=0.0)
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        reason = _differs(mine, other, 0.0)
         if reason is not None:
-            return f"its {'output' if i == 0 else 'gradient'} is not that of its own forward: {reason}"
+            return f"its output is not that of its own forward: {reason}"
+    for gradient, its in zip(ours[1], theirs[1], strict=True):
+        reason = _differs(gradient, its, least)
+        if reason is not None:
+            return f"its gradient is not that of its own forward: {reason}"
     return None
 
 

@@ -8,7 +8,16 @@ from fastplug.patching.sites import Implementation
 
 @hookimpl
 def fastplug_implementations() -> list[Implementation]:
-    from fastplug.patching.forwards import attention, decoder_layer, layer_by_row, lm_head_loss, mlp, norm, traced_loss
+    from fastplug.patching.forwards import (
+        attention,
+        decoder_layer,
+        layer_by_row,
+        lm_head_loss,
+        mlp,
+        norm,
+        shared_input,
+        traced_loss,
+    )
 
-    parts = (decoder_layer, layer_by_row, attention, mlp, norm, lm_head_loss, traced_loss)
+    parts = (decoder_layer, layer_by_row, attention, mlp, norm, shared_input, lm_head_loss, traced_loss)
     return [part.IMPLEMENTATION for part in parts]
