@@ -63,7 +63,11 @@ class Room:
         """The forwards that wait for their backward, oldest first."""
         found = [(reference, reference()) for reference in self._waiting]
         self._waiting = [reference for reference, record in found if record is not None]
-        return [record for _, record in found if record is not None]
+        return [record for _, record in found if record is not None and not record.done]
+
+    def forwards(self, index: int) -> int:
+        """How many forwards of the layer with this index wait for their backward."""
+        return sum(record.index == index for record in self.records())
 
     def make(self, message: str, attempt: int) -> bool:
         """Drop what layers keep until the failed request may fit, twice as much at each attempt; whether there was any.
@@ -114,12 +118,15 @@ class Record:
         room: Where it can be dropped.
         policy: What the layer keeps.
         compute: The layer's forward, for when it is computed again.
-        x: Its input; None where the policy keeps that in host memory.
+        x: Its input; not held on to where the policy keeps that in host memory.
         held: Bytes that dropping it frees.
+        index: The layer's place among the layers.
     """
 
-    def __init__(self, room: Room, policy: Policy, compute: Compute, x: torch.Tensor, held: int) -> None:
-        self.room, self.compute, self.held, self.policy = room, compute, held, policy
+    def __init__(
+        self, room: Room, policy: Policy, compute: Compute, x: torch.Tensor, held: int, index: int = 0
+    ) -> None:
+        self.room, self.compute, self.held, self.policy, self.index = room, compute, held, policy, index
         self.x = None if policy.offloads else x.detach()
         self.needs_dx = x.requires_grad
         self._replay = _Surroundings(x.device)
@@ -128,6 +135,7 @@ class Record:
         self.out: torch.Tensor | None = None
         self.backward_marks: Callable[[bool], None] | None = None
         self._busy = False
+        self.done = False  # its backward has run
 
     def set(self, out: torch.Tensor, entering: torch.Tensor, leaves: list[torch.Tensor]) -> None:
         """Take the inner graph: from ``entering`` and the layer's trained tensors to ``out``."""
@@ -144,11 +152,20 @@ class Record:
     def gradients(self, g: torch.Tensor) -> list[torch.Tensor | None]:
         """The gradient of the layer's input, if it needs one, and those of the leaves."""
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if self.done:
+            raise RuntimeError(
+                "fastplug: a second backward through a decoder layer, whose tensors the first one has freed; give "
+                "retain_graph=True to the first"
+            )
         self._busy = True
         try:
-            return retried(self.room, lambda: self._gradients(g, keep))
+            found = retried(self.room, lambda: self._gradients(g, keep))
         finally:
             self._busy = False
+        if not keep:  # the node lives as long as the loss does
+            self.done, self._edge, self._wanted, self.x = True, None, [], None
+            self.compute = _gone
+        return found
 
     def _gradients(self, g: torch.Tensor, keep: bool) -> list[torch.Tensor | None]:
         if self._edge is None:
@@ -173,6 +190,10 @@ class Record:
             )
         self.set(out[0] if isinstance(out, tuple) else out, entering, leaves)
         self.out = None
+
+
+def _gone(x: torch.Tensor) -> Any:
+    raise AssertionError("the backward has run")
 
 
 class Entry(torch.autograd.Function):
@@ -213,7 +234,14 @@ class Layer(torch.autograd.Function):
 
 
 def guarded(
-    room: Room, policy: Policy, compute: Compute, again: Compute, x: torch.Tensor, held: int, observe: Any = None
+    room: Room,
+    policy: Policy,
+    compute: Compute,
+    again: Compute,
+    x: torch.Tensor,
+    held: int,
+    index: int = 0,
+    observe: Callable[[bool], None] | None = None,
 ) -> Any:
     """``compute(x)`` for a layer's input x [batch, length, hidden], such that running out of memory is handled.
 
@@ -224,9 +252,10 @@ def guarded(
         again: Its forward for when it was dropped: the same numbers.
         x: Its input.
         held: Bytes that dropping it frees.
+        index: The layer's place among the layers.
         observe: Called with True before its backward and with False after it.
     """
-    record = Record(room, policy, again, x, held)
+    record = Record(room, policy, again, x, held, index)
     entering: torch.Tensor = x
 
     def work() -> Any:

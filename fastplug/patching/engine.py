@@ -23,6 +23,7 @@ from fastplug.patching.report import LEFT, PATCHED, REFUSED, Decision, Report
 from fastplug.patching.sites import KEY, Binding, Choice, Implementation, Runtime, Site
 from fastplug.patching.structure import sites_by_structure
 from fastplug.patching.walk import walk
+from fastplug.quant.checking import check_weights
 from fastplug.sharding import SHARDED
 
 logger = logging.getLogger("fastplug")
@@ -82,7 +83,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     result = before[0][1].report if before else _new_report(model, device, runtime)
     result.device, result.ops = str(device), dict(ops.names)
     result.decisions = [_decision(site, choice) for site, choice in decided]
-    result.notes = [] if decided else [_no_site_note(model)]
+    result.notes = check_weights(model, runtime.codec) if decided else [_no_site_note(model)]
     if arithmetic is not None:
         result.notes.append(arithmetic)
     if options.strict:
@@ -105,6 +106,10 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
                 )
                 bind(site.module, binding, choice.implementation.forward)
                 bound.append(site.module)
+        if options.memory is not None:
+            from fastplug.memory.runtime import attach
+
+            attach(model, decided)
         _reports[model] = result
         applied = Applied(model, options)
         if bound:
@@ -128,6 +133,8 @@ def undo(model: nn.Module) -> Report | None:
     if not bindings:
         return None
     final = report(model)
+    for planner in {b.memory.planner: 0 for _, b in bindings if b.memory is not None}:
+        planner.close()
     for module, _ in bindings:
         unbind(module)
     for known in list(_reports):
@@ -150,6 +157,7 @@ def report(model: nn.Module) -> Report:
         raise ModelError("fastplug.report: the model is not patched; call fastplug.apply(model) first")
     found = copy.deepcopy(found)
     found.fallbacks = {b.site_name: dict(b.fallbacks) for _, b in bindings if b.fallbacks}
+    found.memory = [p.describe() for p in {b.memory.planner: 0 for _, b in bindings if b.memory is not None}]
     if bindings:
         found.ops = dict(bindings[0][1].runtime.ops.names)  # an op may have given way to its reference since
     return found

@@ -35,6 +35,7 @@ class Report:
         decisions: One per site.
         notes: What holds for the model as a whole, e.g. that no family row matches it.
         fallbacks: Site name -> reason -> how many calls ran the original forward for that reason.
+        memory: With the option ``memory``, for each language model its latest plan, what was predicted and measured.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Report:
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fallbacks: dict[str, dict[str, int]] = field(default_factory=dict)
+    memory: list[dict[str, Any]] = field(default_factory=list)
 
     def of(self, status: str) -> list[Decision]:
         return [decision for decision in self.decisions if decision.status == status]
@@ -67,6 +69,7 @@ class Report:
         for reasons in self.fallbacks.values():
             by_reason.update(reasons)
         lines.extend(f"fastplug: original forward in {count} calls: {reason}" for reason, count in by_reason.items())
+        lines.extend(f"fastplug: {describe(plan)}" for plan in self.memory)
         return "\n".join(lines)
 
     __str__ = summary
@@ -76,6 +79,23 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=1)
+
+
+def describe(memory: dict[str, Any]) -> str:
+    """One line about a plan: how many layers keep what, and the predicted and measured peak."""
+    start = f"memory={memory['memory']!r}"
+    if memory["why_no_plan"] is not None:
+        return f"{start}: no plan, {memory['why_no_plan']}"
+    if "plan" not in memory:
+        return f"{start}: the first training step makes the plan"
+    plan = memory["plan"]
+    counts = Counter(plan["policies"])
+    layers = ", ".join(f"{count} x {policy}" for policy, count in counts.items())
+    return (
+        f"{start}: {plan['batch']} x {plan['sequence']} tokens, layers {layers}; peak "
+        f"{memory['predicted_peak'] / 2**30:.2f} GiB planned, {memory['measured_peak'] / 2**30:.2f} GiB measured so far"
+        + (f"; memory ran out, {memory['dropped']} times a layer was dropped" if memory["dropped"] else "")
+    )
 
 
 def _counts(decisions: list[Decision]) -> str:

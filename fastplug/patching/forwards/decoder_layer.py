@@ -14,6 +14,7 @@ from torch import nn
 
 from fastplug.graphs.replay import replayed
 from fastplug.memory.policy import MLPMemory
+from fastplug.memory.runtime import planned
 from fastplug.ops.lora.gated_mlp import gated_mlp
 from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import layer_by_row
@@ -70,4 +71,4 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
     return None
 
 
-IMPLEMENTATION = Implementation("decoder_layer", "fused layer", replayed(forward), refuse)
+IMPLEMENTATION = Implementation("decoder_layer", "fused layer", planned(replayed(forward)), refuse)

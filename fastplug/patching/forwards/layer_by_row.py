@@ -16,6 +16,7 @@ from torch import nn
 from fastplug.families import Family
 from fastplug.graphs.replay import replayed
 from fastplug.memory.policy import MLPMemory
+from fastplug.memory.runtime import planned
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
 from fastplug.ops.rms_norm.autograd import rms_norm
 from fastplug.patching.bind import parameter_names
@@ -240,4 +241,4 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
     return None if family.mixture else f"{family.mlp_name} is a {type(mlp).__qualname__}"
 
 
-IMPLEMENTATION = Implementation("decoder_layer", "fused layer by row", replayed(forward), refuse)
+IMPLEMENTATION = Implementation("decoder_layer", "fused layer by row", planned(replayed(forward)), refuse)

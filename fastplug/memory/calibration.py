@@ -1,0 +1,162 @@
+"""Measuring in the first steps what was reasoned from shapes, and the numbers that a plan then follows from.
+
+Times come from pairs of events in the device's own stream, which are read a step later, when the device has passed
+them: nothing waits. Sizes come from the allocator's counter around a layer's forward. Both are kept as ratios of
+measured to reasoned, one for each policy, so that they hold for every layer and every shape, are few enough to be agreed
+on by all ranks, and are saved with the plans.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from fastplug.memory.costs import LayerCosts, PolicyCost
+from fastplug.memory.meter import Mark, Meter
+from fastplug.memory.policy import Policy
+
+FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
+NEAR = 0.05  # a ratio that moves by less says the same
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks plan from. Equal numbers and an equal shape give an equal plan.
+
+    Attributes:
+        available: Bytes of reserved memory plus the CUDA context that a step may take.
+        context: Bytes of the CUDA context.
+        fixed: Bytes that are there before the first layer's forward, gradients left out.
+        extra: Bytes that the highest mark was above (below, if negative) what had been predicted.
+        slack: What is reserved beyond the allocated, as a fraction of it.
+        host: Bytes of host memory that may be pinned.
+        accumulating: Whether gradients of an earlier micro-batch are there in the forward.
+        live: How many forwards wait for their backward at a time.
+        ms: Policy -> measured over reasoned milliseconds.
+        saved: Likewise of the bytes that a layer keeps.
+    """
+
+    available: int
+    context: int
+    fixed: int
+    extra: int = 0
+    slack: float = 0.02
+    host: int = 0
+    accumulating: bool = False
+    live: int = 1
+    ms: dict[Policy, float] = field(default_factory=dict)
+    saved: dict[Policy, float] = field(default_factory=dict)
+
+    def differs(self, other: Agreed) -> bool:
+        """Whether plans from ``other`` may be worth making; small changes are noise."""
+        if (self.accumulating, self.live) != (other.accumulating, other.live):
+            return True
+        room = self.available // 100
+        sizes = ((self.available, other.available), (self.context, other.context), (self.fixed, other.fixed))
+        if any(abs(mine - theirs) > room for mine, theirs in (*sizes, (self.extra, other.extra))):
+            return True
+        if abs(self.slack - other.slack) > 0.005:
+            return True
+        for mine, theirs in ((self.ms, other.ms), (self.saved, other.saved)):
+            if mine.keys() != theirs.keys() or any(abs(mine[p] / theirs[p] - 1) > NEAR for p in mine):
+                return True
+        return False
+
+    def apply(self, layers: Sequence[LayerCosts]) -> tuple[LayerCosts, ...]:
+        """The costs with the measured ratios, for as many forwards as wait at a time."""
+        mean = statistics.fmean(self.ms.values()) if self.ms else 1.0
+        made: dict[int, LayerCosts] = {}
+        for layer in layers:
+            if id(layer) in made:
+                continue
+            costs = {}
+            for policy, cost in layer.policies.items():
+                saved = int(cost.saved * self.saved.get(policy, 1.0))
+                more, others = saved - cost.saved, saved * (self.live - 1)
+                costs[policy] = replace(
+                    cost,
+                    ms=cost.ms * self.ms.get(policy, mean),
+                    saved=saved + others,
+                    forward_peak=cost.forward_peak + more + others,
+                    backward_peak=max(cost.backward_peak + more, saved) + others,
+                    host=cost.host * self.live,
+                )
+            made[id(layer)] = replace(layer, policies=costs)
+        return tuple(made[id(layer)] for layer in layers)
+
+
+class Observation:
+    """One layer's forward and backward, as they are measured."""
+
+    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost) -> None:
+        self._meter, self.policy, self.cost = meter, policy, cost
+        self._before = meter.allocated()
+        self._marks: list[Mark] = [meter.mark()]
+        self.saved: int | None = None
+
+    def forward_done(self) -> None:
+        self._marks.append(self._meter.mark())
+        if not self.policy.offloads:  # the caller still holds what was copied
+            self.saved = self._meter.allocated() - self._before
+
+    def backward(self, begins: bool) -> None:
+        self._marks.append(self._meter.mark())
+
+    def ms(self) -> float | None:
+        """Forward and backward together, or None while they are not done."""
+        if len(self._marks) != 4:
+            return None
+        parts = [self._marks[i + 1].milliseconds_since(self._marks[i]) for i in (0, 2)]
+        return None if None in parts else sum(part for part in parts if part is not None)
+
+
+class Calibration:
+    """What was observed on this rank."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._seen: dict[tuple[int, int], int] = defaultdict(int)
+        self._open: list[Observation] = []
+        self._ms: dict[Policy, list[float]] = defaultdict(list)
+        self._saved: dict[Policy, list[float]] = defaultdict(list)
+        self.watching = False
+
+    def begin(self, shape: tuple[int, int]) -> None:
+        """A forward of this shape begins: read what the device has passed, and decide whether to observe this one."""
+        waiting = []
+        for observation in self._open:
+            ms = observation.ms()
+            if ms is None:
+                waiting.append(observation)
+                continue
+            self._note(observation, ms)
+        self._open = waiting[-512:]  # forwards without a backward are forgotten
+        self._seen[shape] += 1
+        self.watching = 1 < self._seen[shape] <= 1 + FORWARDS
+
+    def observe(self, policy: Policy, cost: PolicyCost) -> Observation | None:
+        """Measure a layer's forward that begins now, if this forward is one to observe."""
+        if not self.watching:
+            return None
+        observation = Observation(self._meter, policy, cost)
+        self._open.append(observation)
+        return observation
+
+    def _note(self, observation: Observation, ms: float) -> None:
+        if observation.cost.ms > 0 and ms > 0:
+            self._ms[observation.policy].append(ms / observation.cost.ms)
+        if observation.saved is not None and observation.saved > 0 and observation.cost.saved > 0:
+            self._saved[observation.policy].append(observation.saved / observation.cost.saved)
+
+    def ms(self) -> dict[Policy, float]:
+        """Policy -> measured over reasoned milliseconds: the median over layers and steps."""
+        return {policy: statistics.median(found) for policy, found in self._ms.items()}
+
+    def saved(self) -> dict[Policy, float]:
+        """Policy -> measured over reasoned bytes."""
+        return {policy: statistics.median(found) for policy, found in self._saved.items()}
+
+
+__all__ = ["Agreed", "Calibration", "Observation"]
