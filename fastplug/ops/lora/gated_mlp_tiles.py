@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized
+from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized, products
 from fastplug.ops.lora.group import Grads, Kept
 from fastplug.ops.recompute import tensors_left
 
@@ -35,9 +35,10 @@ def forward_in_tiles(
     saved: list[torch.Tensor | None] = []
     for rows in tiles:
         normed = normalized(spec, h[rows], weight)[0]
-        gate_up, kept = spec.gate_up.forward(normed)
+        kept = spec.gate_up.adapters(normed)
+        gate_up = products(spec, normed, kept)
         del normed
-        hidden = activated(spec, gate_up)
+        hidden = activated(spec, gate_up, kept)
         del gate_up
         down_kept = spec.down.adapters(hidden)
         if joined and h.dtype == dtype:

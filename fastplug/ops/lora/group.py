@@ -1,10 +1,8 @@
 """The products of several projections that read one tensor: forward and backward, on plain tensors.
 
-Where the base weights have to be decoded anyway, they are decoded into a buffer with room for the adapters: B beside W
-in the forward, A below it in the backward. With x Aᵀ beside x (and g B beside g), one product computes base and
-adapters, y = [x, x Aᵀ] [W, B]ᵀ and dx = [g, g B] [W; A], and saves writing and reading y once (and dx). That needs x
-(and g) to lie in a buffer with room behind its rows, which :meth:`Group.room` and :meth:`Group.gradient_room` give.
-Weights stored densely have no such room: there the base product accumulates onto the adapters' own.
+y = x Wᵀ + s · (x Aᵀ) Bᵀ for each projection. The base product accumulates onto the adapters', so adding them costs no
+pass over y. Where the reader of y is an elementwise kernel of ours (the gated activation), it adds them itself as it
+reads: :attr:`Group.deferred`.
 """
 
 from __future__ import annotations
@@ -13,13 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
+from fastplug.ops.glu.reference import LowRank
 from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.matmul import mm
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
 
-ALIGNMENT = 8  # elements of 16 bits: rows of a buffer begin at multiples of 16 bytes
+DEFERRED_RANK = 64  # above it the tiles of A and B that a reader needs take too much shared memory
 
 
 class Group:
@@ -39,56 +38,50 @@ class Group:
     def tensors(self) -> list[torch.Tensor | None]:
         return [tensor for p in self.projections for tensor in p.tensors]
 
-    # --- room for the adapters ------------------------------------------------------------------------------------
+    @property
+    def deferred(self) -> bool:
+        """Whether the adapters' products can be left to a kernel that reads y, see :meth:`low_rank`."""
+        ranks = [len(p.a) for p, _, _ in self.adapted.blocks if p.a is not None]
+        return bool(ranks) and max(ranks) <= DEFERRED_RANK and deferring(self.adapted.device)
 
-    def room(self, tokens: int, device: torch.device) -> torch.Tensor:
-        """An empty buffer [tokens, in_features (+ rank)]: write x into its first ``in_features`` columns.
-
-        :meth:`forward` and :meth:`products` take the whole buffer in place of x.
-        """
-        extra = 0 if self.fp8 is not None and self.fp8.forward else self._extra(device)
-        return torch.empty(tokens, self.in_features + extra, dtype=self.dtype, device=device)
-
-    def gradient_room(self, tokens: int, device: torch.device) -> torch.Tensor:
-        """An empty buffer [tokens, out_features (+ rank)]: write g into its first ``out_features`` columns.
-
-        :meth:`input_gradient` takes the whole buffer in place of g.
-        """
-        extra = 0 if self.adapted.dropout or self.fp8 is not None else self._extra(device)
-        return torch.empty(tokens, self.out_features + extra, dtype=self.dtype, device=device)
-
-    def _extra(self, device: torch.device) -> int:
-        """How many columns the adapters take beside x, 0 where they are not folded into the base product."""
-        rank = self.adapted.rank
-        if not folding(device) or rank % ALIGNMENT or self.dtype.itemsize != 2:
-            return 0
-        return rank if self._decodes() else 0
-
-    def _decodes(self) -> bool:
-        return any(not p.read().stored_densely for p in self.projections)
+    def low_rank(self, kept: Kept, widths: Sequence[int]) -> list[LowRank | None]:
+        """What the adapters add to y, as a product for each of its consecutive parts of ``widths`` columns."""
+        assert kept.xa is not None
+        assert kept.b is not None
+        found: list[LowRank | None] = []
+        row = 0
+        for width in widths:
+            columns = self.adapted.columns(row, row + width)
+            b = kept.b[row : row + width, columns] if columns else None
+            found.append(None if b is None else LowRank(kept.xa[:, columns], b.t()))
+            row += width
+        return found
 
     # --- forward --------------------------------------------------------------------------------------------------
 
     def adapters(self, x: torch.Tensor) -> Kept:
-        """The skinny part of the forward: everything that the backward keeps. Fills the room beside x, if there is."""
-        kept = self.adapted.forward(x[:, : self.in_features])
-        if x.shape[1] > self.in_features and kept.xa is not None:
-            x[:, self.in_features :].copy_(kept.xa)
-        return kept
+        """The skinny part of the forward: everything that the backward keeps."""
+        return self.adapted.forward(x)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-        """y [tokens, out_features] for x in the compute dtype, and what the backward needs.
-
-        x is [tokens, in_features], or a buffer of :meth:`room`.
-        """
+        """y [tokens, out_features] for x [tokens, in_features] in the compute dtype, and what the backward needs."""
         kept = self.adapters(x)
         return self.products(x, kept), kept
 
     def products(
-        self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
+        self,
+        x: torch.Tensor,
+        kept: Kept,
+        out: torch.Tensor | None = None,
+        factor: float = 1.0,
+        adapted: bool = True,
     ) -> torch.Tensor:
-        """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
-        base = None if self.fp8 is None else self.fp8.output(self, x[:, : self.in_features])
+        """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given.
+
+        Without the adapters' part if not ``adapted``.
+        """
+        kept = kept if adapted else Kept()
+        base = None if self.fp8 is None else self.fp8.output(self, x)
         if base is not None:
             self.adapted.add(base, kept, True, 1.0)
             out = base if out is None and factor == 1.0 else self._added(out, base, factor)
@@ -96,14 +89,9 @@ class Group:
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        if x.shape[1] > self.in_features:
-            assert kept.b is not None
-            weight = self.decoded(beside=kept.b)
-            out.addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
-        else:
-            start = self.adapted.add(out, kept, start, factor)
-            for weight, rows in self._weights():
-                out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
+        start = self.adapted.add(out, kept, start, factor)
+        for weight, rows in self._weights():
+            out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         return self._biased(out, factor)
 
     @staticmethod
@@ -121,32 +109,20 @@ class Group:
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool, adapted: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradient of x (None if not wanted) and s · g B [tokens, rank].
+        """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features].
 
-        g is [tokens, out_features], or a buffer of :meth:`gradient_room`.
+        Without the adapters' part of the gradient of x, which is s · g B A, if not ``adapted``.
         """
-        room = g if g.shape[1] > self.out_features else None
-        g = g[:, : self.out_features]
-        if self.fp8 is not None and needs_dx:
-            gb = self.adapted.scaled_gb(g, kept)
-            base = self.fp8.input_gradient(self, g)
-            return base if gb is None else self.adapted.add_dx(base, gb, kept), gb
-        # Copying g is cheaper than writing and reading dx once more where there are fewer outputs than inputs.
-        if room is None and needs_dx and self.out_features < self.in_features and kept.a is not None:
-            room = self.gradient_room(len(g), g.device)
-            if room.shape[1] > self.out_features:
-                room[:, : self.out_features].copy_(g)
-            else:
-                room = None
-        if room is not None and needs_dx:
-            gb = self.adapted.scaled_gb(g, kept, room[:, self.out_features :])
-            return room @ self.decoded(below=kept.a), gb
         gb = self.adapted.scaled_gb(g, kept)
         if not needs_dx:
             return None, gb
-        dx = None if gb is None else self.adapted.dx(gb, kept)
+        share = gb if adapted else None
+        if self.fp8 is not None:
+            base = self.fp8.input_gradient(self, g)
+            return base if share is None else self.adapted.add_dx(base, share, kept), gb
+        dx = None if share is None else self.adapted.dx(share, kept)
         start = dx is not None
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
@@ -160,7 +136,6 @@ class Group:
     ) -> Grads:
         """Gradients of :meth:`tensors` where ``needs`` is true; ``x`` may be None if none of them is."""
         grads: Grads = [None] * len(needs)
-        x = None if x is None else x[:, : self.in_features]
         row = 0
         for i, p in enumerate(self.projections):
             part = g[:, row : row + p.shape[0]]
@@ -178,23 +153,16 @@ class Group:
 
     # --- base weights ---------------------------------------------------------------------------------------------
 
-    def decoded(self, beside: torch.Tensor | None = None, below: torch.Tensor | None = None) -> torch.Tensor:
-        """All weights in one buffer, with B [out_features, rank] beside or A [rank, in_features] below them."""
+    def decoded(self) -> torch.Tensor:
+        """All weights in one buffer [out_features, in_features]."""
         encoded = [p.read() for p in self.projections]
-        columns = 0 if beside is None else beside.shape[1]
-        rows = 0 if below is None else below.shape[0]
-        shape = (self.out_features + rows, self.in_features + columns)
+        shape = (self.out_features, self.in_features)
         buffer = torch.empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
         row = 0
         for weight in encoded:
-            whole = weight.shape == shape
-            target = buffer if whole else buffer[row : row + weight.shape[0], : self.in_features]
-            weight.decode(target, self.ops)
-            row += weight.shape[0]
-        if beside is not None:
-            buffer[:, self.in_features :].copy_(beside)
-        if below is not None:
-            buffer[self.out_features :].copy_(below)
+            end = row + weight.shape[0]
+            weight.decode(buffer if weight.shape == shape else buffer[row:end], self.ops)
+            row = end
         return buffer
 
     def _weights(self) -> list[tuple[torch.Tensor, slice]]:
@@ -213,8 +181,8 @@ class Group:
         return parts
 
 
-def folding(device: torch.device) -> bool:
-    """Whether folding the adapters into the base product pays: it saves memory traffic, of which a CPU has enough."""
+def deferring(device: torch.device) -> bool:
+    """Whether leaving adapters to the reader of y pays: it saves memory traffic, which is no matter on a CPU."""
     return device.type != "cpu"
 
 

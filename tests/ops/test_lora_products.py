@@ -1,4 +1,4 @@
-"""Adapters folded into the base product give what separate products give, outputs and every gradient."""
+"""The products of a group, its adapters added by themselves or by the kernel that reads them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from tests.accuracy import assert_as_accurate
 HIDDEN, INNER, TOKENS, RANK = 64, 128, 24, 8
 
 
-def projection(out_features: int, in_features: int, device: torch.device, seed: int, dropout: float = 0.0) -> Projection:
+def projection(
+    out_features: int, in_features: int, device: torch.device, seed: int, dropout: float = 0.0
+) -> Projection:
     torch.manual_seed(seed)
     weight = torch.randn(out_features, in_features) / in_features**0.5
     linear = bnb.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4")
@@ -29,7 +31,7 @@ def projection(out_features: int, in_features: int, device: torch.device, seed: 
     a = torch.nn.Parameter((torch.randn(RANK, in_features) / in_features**0.5).to(device))
     b = torch.nn.Parameter((torch.randn(out_features, RANK) / RANK**0.5).to(device))
     read = functools.partial(BitsAndBytes4().read, linear)
-    return Projection(read, (out_features, in_features), a=a, b=b, scaling=0.5 + 0.25 * seed, dropout=dropout)
+    return Projection(read, (out_features, in_features), a=a, b=b, scaling=0.5 + 0.25 * seed)
 
 
 def dense(p: Projection, dtype: torch.dtype) -> torch.Tensor:
@@ -65,34 +67,24 @@ def mlp_reference(projections, x, residual, weight, *adapters):
     return h + down(inner, next(a), next(a))
 
 
-@pytest.fixture(params=[True, False], ids=["folded", "separate"])
-def folded(request, monkeypatch):
-    monkeypatch.setattr(group_module, "folding", lambda device: request.param)
+@pytest.fixture(params=[True, False], ids=["deferred", "separate"])
+def deferred(request, monkeypatch):
+    monkeypatch.setattr(group_module, "deferring", lambda device: request.param)
     return request.param
 
 
-def test_room_is_for_the_adapters_only_where_they_are_folded(device, folded):
-    group = Group([projection(INNER, HIDDEN, device, 1), projection(INNER, HIDDEN, device, 2)], torch.bfloat16,
-                  table_for(torch.device(device)))  # fmt: skip
-    width = 2 * RANK if folded else 0
-    assert group.room(TOKENS, torch.device(device)).shape == (TOKENS, HIDDEN + width)
-    assert group.gradient_room(TOKENS, torch.device(device)).shape == (TOKENS, 2 * INNER + width)
-
-
-def test_no_room_for_a_dense_base_or_an_odd_rank(device, monkeypatch):
-    monkeypatch.setattr(group_module, "folding", lambda device: True)
-    where, ops = torch.device(device), table_for(torch.device(device))
-    odd = projection(INNER, HIDDEN, device, 1)
-    odd.a, odd.b = odd.a[:5], odd.b[:, :5]
-    assert Group([odd], torch.bfloat16, ops).room(TOKENS, where).shape[1] == HIDDEN
-    assert Group([projection(INNER, HIDDEN, device, 1)], torch.float32, ops).room(TOKENS, where).shape[1] == HIDDEN
-    dropped = Group([projection(INNER, HIDDEN, device, 1, dropout=0.5)], torch.bfloat16, ops)
-    assert dropped.room(TOKENS, where).shape[1] == HIDDEN + RANK  # x may be dropped for A alone
-    assert dropped.gradient_room(TOKENS, where).shape[1] == INNER  # but the adapter's part of dx is dropped too
+def test_large_ranks_and_groups_without_adapters_are_not_left_to_the_reader(device, monkeypatch):
+    monkeypatch.setattr(group_module, "deferring", lambda device: True)
+    ops, p = table_for(torch.device(device)), projection(INNER, HIDDEN, device, 1)
+    assert Group([p], torch.bfloat16, ops).deferred
+    p.a, p.b = p.a.repeat(9, 1), p.b.repeat(1, 9)
+    assert not Group([p], torch.bfloat16, ops).deferred
+    p.a = p.b = None
+    assert not Group([p], torch.bfloat16, ops).deferred
 
 
 @pytest.mark.parametrize("shape", [(INNER, HIDDEN), (HIDDEN, INNER)], ids=["wide", "narrow"])
-def test_one_projection(device, folded, shape):
+def test_one_projection(device, deferred, shape):
     p = projection(*shape, device, 2)
     ops = table_for(torch.device(device))
 
@@ -104,7 +96,7 @@ def test_one_projection(device, folded, shape):
     assert_accurate(fused, functools.partial(linear_reference, p), (x, p.a.detach(), p.b.detach()))
 
 
-def test_a_gated_mlp(device, folded):
+def test_a_gated_mlp(device, deferred):
     ops = table_for(torch.device(device))
     projections = [projection(*shape, device, i) for i, shape in enumerate([(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)])]
 
@@ -119,12 +111,22 @@ def test_a_gated_mlp(device, folded):
     assert_accurate(fused, functools.partial(mlp_reference, projections), inputs)
 
 
-def test_what_is_kept_for_the_backward_holds_no_buffer(device, monkeypatch):
-    monkeypatch.setattr(group_module, "folding", lambda device: True)
-    where = torch.device(device)
-    group = Group([projection(INNER, HIDDEN, device, 1)], torch.bfloat16, table_for(where))
-    room = group.room(TOKENS, where)
-    room[:, :HIDDEN].normal_()
-    _, kept = group.forward(room)
-    assert kept.xa is not None
-    assert kept.xa.untyped_storage().nbytes() == TOKENS * RANK * 2
+@pytest.mark.parametrize("which", [(True, False, True), (False, True, False), (True, True, False)])
+def test_a_gated_mlp_with_adapters_on_some(device, deferred, which):
+    ops = table_for(torch.device(device))
+    projections = [projection(*shape, device, i) for i, shape in enumerate([(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)])]
+    twins = [projection(*shape, device, i) for i, shape in enumerate([(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)])]
+    for p, twin, adapted in zip(projections, twins, which, strict=True):
+        if not adapted:
+            p.a = p.b = None
+            twin.b.data.zero_()
+
+    def fused(x, residual, weight):
+        spec = GatedMLP(Group(projections[:2], x.dtype, ops), Group(projections[2:], x.dtype, ops), "silu", Norm(1e-6))
+        return gated_mlp(spec, x, residual, weight)
+
+    def reference(x, residual, weight):
+        return mlp_reference(twins, x, residual, weight, *(t.detach().to(x.dtype) for p in twins for t in (p.a, p.b)))
+
+    inputs = [torch.randn(TOKENS, HIDDEN, device=device) for _ in range(2)] + [torch.rand(HIDDEN, device=device) + 0.5]
+    assert_accurate(fused, reference, inputs)
