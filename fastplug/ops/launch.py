@@ -6,6 +6,8 @@ import contextlib
 
 import torch
 
+from fastplug.ops.configs import config
+
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself if its last dimension is contiguous, else a contiguous copy. Outer strides are kept."""
@@ -43,11 +45,11 @@ def _processors(device: torch.device) -> int:
 
 
 def persistent_programs(device: torch.device, tiles: int) -> int:
-    """How many programs share ``tiles`` when each keeps a partial sum: four a multiprocessor, at most ``tiles``.
+    """How many programs share ``tiles`` when each keeps a partial sum: at most as many, and as many as run at once.
 
     On the CPU (the interpreter) it is four, so that the loop over tiles is exercised.
     """
-    return max(1, min(tiles, 4 * _processors(device)))
+    return max(1, min(tiles, config(device).persistent * _processors(device)))
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -1,9 +1,9 @@
 """Triton kernels of the chunk operations: one program per row, the same functions as in ``reference``.
 
-The first loop over a row keeps an online softmax (Milakov and Gimelshein, arXiv:1805.02867). Each lane accumulates
-its own partial sums, so that a block costs one reduction across the program (its maximum) and no more; the entropy
-comes from the same loop, as ``log s - u / s`` with ``s = Σ e^(z - m)`` and ``u = Σ e^(z - m)·(z - m)``. The second
-loop, where a gradient is wanted, overwrites the logits.
+The first loop over a row keeps an online softmax (Milakov and Gimelshein, arXiv:1805.02867). Each group of eight
+neighbouring columns has a maximum and sums of its own, which stay in one thread: no warp waits for another before the
+row's end, where the groups are put together. The entropy comes from the same loop, as ``log s - u / s`` with
+``s = Σ e^(z - m)`` and ``u = Σ e^(z - m)·(z - m)``. The second loop, where a gradient is wanted, overwrites the logits.
 
 Both are compiled without contraction of multiply and add: were ``z = pre·x`` rounded for the sum and not for the
 gradient, the probabilities of a row would add up to one only within the rounding of its largest logit.
@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastplug.ops.configs import config
 from fastplug.ops.launch import on_device
 from fastplug.ops.library import custom_op
 
-MAX_BLOCK = 4096
+LANE = 8  # columns of a group: one 16-byte access to 16-bit logits
 
 
 @triton.jit
@@ -59,6 +60,15 @@ def _transform(x, pre, post, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _shifted(m, new_m):
+    """What sums over exp(z - m) are shifted and multiplied by when the maximum becomes ``new_m``; -inf: no sum yet."""
+    shift = tl.where(new_m == -float("inf"), 0.0, new_m)
+    delta = tl.where(m == -float("inf"), 0.0, m - shift)
+    rescale = tl.where(m == -float("inf"), 0.0, tl.exp(delta))
+    return shift, delta, rescale
+
+
+@triton.jit
 def _logprobs_kernel(
     logits,  # [C, V], rows `stride` apart; overwritten where GRADIENT
     targets,  # [C] int64
@@ -75,6 +85,7 @@ def _logprobs_kernel(
     ENTROPY: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # rows · V passes 2^31
     logits += row * stride
@@ -83,29 +94,34 @@ def _logprobs_kernel(
     known = (target >= 0) & (target < V)
     # Read before the second loop writes: the reductions of the first loop stand between.
     raw = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
-    columns = tl.arange(0, BLOCK)
+    group = tl.arange(0, BLOCK // LANE)
+    columns = group[:, None] * LANE + tl.arange(0, LANE)[None, :]
 
-    m = tl.full((), -float("inf"), tl.float32)
-    best = tl.zeros((), tl.int32)
-    s = tl.zeros((BLOCK,), tl.float32)
-    u = tl.zeros((BLOCK,), tl.float32)
+    m = tl.full((BLOCK // LANE,), -float("inf"), tl.float32)
+    best = tl.zeros((BLOCK // LANE,), tl.int32)
+    s = tl.zeros((BLOCK // LANE,), tl.float32)
+    u = tl.zeros((BLOCK // LANE,), tl.float32)
     for start in range(0, V, BLOCK):
         inside = start + columns < V
         x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
         z, _ = _transform(x, pre, post, SOFTCAP)
         z = tl.where(inside, z, -float("inf"))
-        block_max, block_best = tl.max(z, axis=0, return_indices=True)
-        best = tl.where(block_max > m, start + block_best, best)
-        new_m = tl.maximum(m, block_max)
-        shift = tl.where(new_m == -float("inf"), 0.0, new_m)  # a block that is -inf throughout
-        delta = tl.where(m == -float("inf"), 0.0, m - shift)
-        rescale = tl.where(m == -float("inf"), 0.0, tl.exp(delta))
-        e = tl.exp(z - shift)
+        largest, place = tl.max(z, axis=1, return_indices=True)
+        best = tl.where(largest > m, start + group * LANE + place, best)
+        new_m = tl.maximum(m, largest)
+        shift, delta, rescale = _shifted(m, new_m)
+        e = tl.exp(z - shift[:, None])
         if ENTROPY:
-            u = rescale * (u + s * delta) + tl.where(e > 0, e * (z - shift), 0.0)
-        s = s * rescale + e
+            u = rescale * (u + s * delta) + tl.sum(tl.where(e > 0, e * (z - shift[:, None]), 0.0), axis=1)
+        s = s * rescale + tl.sum(e, axis=1)
         m = new_m
 
+    lanes_m = m
+    m = tl.max(lanes_m, axis=0)
+    _, delta, rescale = _shifted(lanes_m, m)
+    u = rescale * (u + s * delta)
+    s = s * rescale
+    best = tl.min(tl.where(lanes_m == m, best, V), axis=0)  # of equal logits the first
     total = tl.sum(s, axis=0)
     log_sum = tl.log(total)
     z_target, _ = _transform(raw, pre, post, SOFTCAP)
@@ -119,7 +135,7 @@ def _logprobs_kernel(
     if GRADIENT:
         if ignored:
             for start in range(0, V, BLOCK):
-                zero = tl.zeros((BLOCK,), logits.dtype.element_ty)
+                zero = tl.zeros((BLOCK // LANE, LANE), logits.dtype.element_ty)
                 tl.store(logits + start + columns, zero, mask=start + columns < V)
         else:
             spoil = tl.where(known, 0.0, float("nan"))  # an impossible target: NaN, never a wrong number
@@ -188,9 +204,11 @@ def _factors(logit_scale: float, softcap: float, temperature: float) -> tuple[fl
     return logit_scale / temperature, 1.0
 
 
-def _launch_shape(vocabulary: int) -> tuple[int, int]:
-    block = min(triton.next_power_of_2(vocabulary), MAX_BLOCK)
-    return block, max(1, min(8, block // 256))
+def _launch_shape(vocabulary: int, device: torch.device) -> tuple[int, int]:
+    """``(columns of a block, warps)``."""
+    warps, per_warp = config(device).logits_warps, config(device).per_warp(2)
+    block = min(triton.next_power_of_2(vocabulary), warps * per_warp)
+    return block, max(1, block // per_warp)
 
 
 def _launch_logprobs(
@@ -210,7 +228,7 @@ def _launch_logprobs(
         return
     assert logits.stride(1) == 1
     pre, post = _factors(logit_scale, softcap, temperature)
-    block, warps = _launch_shape(logits.shape[1])
+    block, warps = _launch_shape(logits.shape[1], logits.device)
     with on_device(logits):
         _logprobs_kernel[(logits.shape[0],)](
             logits,
@@ -228,6 +246,7 @@ def _launch_logprobs(
             ENTROPY=entropy is not None,
             GRADIENT=gradient,
             BLOCK=block,
+            LANE=min(LANE, block),
             num_warps=warps,
             enable_fp_fusion=False,
         )
@@ -309,7 +328,7 @@ def token_logprobs_backward(
         return
     assert logits.stride(1) == 1
     pre, post = _factors(logit_scale, softcap, temperature)
-    block, warps = _launch_shape(logits.shape[1])
+    block, warps = _launch_shape(logits.shape[1], logits.device)
     with on_device(logits):
         _backward_kernel[(logits.shape[0],)](
             logits,

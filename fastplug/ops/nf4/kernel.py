@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, stride_unit
 from fastplug.ops.library import custom_op
 from fastplug.ops.nf4.reference import Nested, check
 
-WORDS = 512  # of a program of four warps: one 16-byte load and four 16-byte stores of a 16-bit dtype a thread
-ELEMENTS = 1024
+ELEMENTS = 1024  # of a program of the kernel that goes element by element
 
 
 @triton.jit
@@ -113,12 +113,13 @@ def nf4_decode(
         return
     stride = out.stride(0) if N > 1 else K
     words, whole = N * K // 8, packed.numel() // 4 * 4
+    words_each = config(out.device).decoded // 8
     with on_device(out):
         if K % 8 == 0 and packed.storage_offset() % 4 == 0 and words < 2**31:
             unit = stride_unit(stride)
-            _word_kernel[(triton.cdiv(words, WORDS),)](
+            _word_kernel[(triton.cdiv(words, words_each),)](
                 packed[:whole].view(torch.int32), absmax, code, code2, absmax2, offset, out, stride // unit, row_start,
-                words, K // 8, blocksize // 8, blocksize2, stride == K, unit, WORDS, num_warps=4,
+                words, K // 8, blocksize // 8, blocksize2, stride == K, unit, words_each, num_warps=4,
                 enable_fp_fusion=False,
             )  # fmt: skip
         else:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, persistent_programs, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
 
@@ -101,12 +102,11 @@ def _backward_kernel(
         tl.store(partial_ptr + program.to(tl.int64) * N + cols, share, mask=col_mask)
 
 
-def tile(N: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """``(rows, columns, warps)`` of one program: whole rows, about 16 elements a thread, 2048 elements at least."""
+def tile(N: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
+    """``(rows, columns, warps)`` of one program: whole rows, 2048 elements at least."""
     block = power_of_2(N)
     rows = max(1, 2048 // block)
-    per_warp = 512 if dtype.itemsize < 4 else 256  # two 16-byte accesses a thread
-    return rows, block, min(32, max(4, rows * block // per_warp))
+    return rows, block, min(32, max(4, rows * block // config(device).per_warp(dtype.itemsize)))
 
 
 @custom_op("y", "h", "rstd")
@@ -127,7 +127,7 @@ def rms_norm_forward(
         return
     strides = [t.stride(0) if t is not None else 0 for t in (x, residual, y, h)]
     unit = stride_unit(*strides)
-    rows, block, warps = tile(N, x.dtype)
+    rows, block, warps = tile(N, x.dtype, x.device)
     with on_device(x):
         _forward_kernel[(triton.cdiv(M, rows),)](
             x, residual, weight, y, h, rstd, *(s // unit for s in strides), M, N, eps, offset,
@@ -152,7 +152,7 @@ def rms_norm_backward(
         return
     strides = [t.stride(0) if t is not None else 0 for t in (dy, h, dh, dx)]
     unit = stride_unit(*strides)
-    rows, block, warps = tile(N, h.dtype)
+    rows, block, warps = tile(N, h.dtype, h.device)
     programs = triton.cdiv(M, rows) if partial is None else partial.shape[0]
     with on_device(h):
         _backward_kernel[(programs,)](
@@ -207,7 +207,7 @@ def backward(
     if weight_grad and weight is not None:
         if M == 0:
             return dx, torch.zeros_like(weight)
-        programs = persistent_programs(h.device, triton.cdiv(M, tile(N, h.dtype)[0]))
+        programs = persistent_programs(h.device, triton.cdiv(M, tile(N, h.dtype, h.device)[0]))
         partial = torch.empty((programs, N), dtype=torch.float32, device=h.device)
     rms_norm_backward(dy, h, rstd, weight, dh, dx, partial, offset)
     if partial is None or weight is None:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, persistent_programs, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
 from fastplug.ops.rope.reference import check_saved
@@ -320,7 +321,8 @@ def tile(heads: int, half: int) -> int:
     return min(power_of_2(heads), max(1, 2048 // power_of_2(half)))
 
 
-def _shape(q: torch.Tensor, k: torch.Tensor, rotary: int, pairs_per_warp: int = 512) -> dict[str, int]:
+def _shape(q: torch.Tensor, k: torch.Tensor, rotary: int, heavy: bool = False) -> dict[str, int]:
+    pairs_per_warp = config(q.device).per_warp(q.element_size()) // (2 if heavy else 1)
     half, rest = rotary // 2, q.shape[-1] - rotary // 2 * 2
     block, block_rest = power_of_2(half), power_of_2(rest)
     block_q, block_k = tile(q.shape[2], half), tile(k.shape[2], half)
@@ -398,7 +400,7 @@ def rope_backward(
     if B * S == 0:
         return
     normed = q_weight is not None or k_weight is not None
-    shape = _shape(dq, dk, cos.shape[-1], 256 if normed else 512)  # the norm keeps twice as much in registers
+    shape = _shape(dq, dk, cos.shape[-1], heavy=normed)  # the norm keeps twice as much in registers
     strides, unit = _strides([dq, dk, dq_out, dk_out, q, k], cos)
     rest = shape["REST"] > 0
     with on_device(dq):
