@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def _checkpointed(policy: Policy, fast: FastForward, layer: nn.Module, binding: 
     group = None
     hooks: AbstractContextManager[Any] = contextlib.nullcontext()
     if policy.offloads:
-        fast = getattr(fast, "__wrapped__", fast)  # a replayed layer would hold its input itself
+        fast = inspect.unwrap(fast)  # a replayed layer would hold its input itself
         group = offloader(binding).group()
         hooks = torch.autograd.graph.saved_tensors_hooks(group.pack, group.unpack)
     more: dict[str, Any] = {}

@@ -11,8 +11,8 @@ backward is the one that autograd recorded in the first pass, whichever kernel t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,18 +61,16 @@ class Attentions:
         self._calls: list[_Call | None] = []
         self._again: Iterator[_Call | None] | None = None
 
-    @contextmanager
-    def first(self) -> Iterator[None]:
+    def first(self) -> AbstractContextManager[None]:
         """Around the first pass."""
-        with _entered(self):
-            yield
+        return _Pass(self, again=False)
 
-    @contextmanager
-    def second(self) -> Iterator[None]:
-        """Around each recomputation."""
+    def second(self) -> AbstractContextManager[None]:
+        """Around each recomputation: of several, where the graph is retained."""
+        return _Pass(self, again=True)
+
+    def begin_again(self) -> None:
         self._again = iter(self._calls)
-        with _entered(self):
-            yield
 
     @property
     def kept(self) -> int:
@@ -132,13 +130,18 @@ class Attentions:
 _CURRENT: ContextVar[Attentions | None] = ContextVar("fastplug_attentions", default=None)
 
 
-@contextmanager
-def _entered(attentions: Attentions) -> Iterator[None]:
-    token = _CURRENT.set(attentions)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+class _Pass:
+    def __init__(self, attentions: Attentions, again: bool) -> None:
+        self._attentions, self._repeats = attentions, again
+        self._tokens: list[Token[Attentions | None]] = []
+
+    def __enter__(self) -> None:
+        if self._repeats:
+            self._attentions.begin_again()
+        self._tokens.append(_CURRENT.set(self._attentions))
+
+    def __exit__(self, *error: object) -> None:
+        _CURRENT.reset(self._tokens.pop())
 
 
 def _part(tensor: torch.Tensor, inputs: Sequence[torch.Tensor]) -> tuple[int, torch.Size, tuple[int, ...], int] | None:

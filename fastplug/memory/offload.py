@@ -12,7 +12,7 @@ made to wait for the copy's event, and pieces of host memory are used again by l
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -32,7 +32,8 @@ class Handle:
         self._finalizer = weakref.finalize(self, pool.give, pieces)
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
     """What a group gives for a tensor: its bytes, and how they are to be seen."""
 
     handle: Handle
