@@ -89,9 +89,10 @@ class Attentions:
             return function(*args, **kwargs)
         outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[misc]
         parts: list[tuple[int, torch.Size, tuple[int, ...], int]] = []
+        present = list(inputs)  # emptied below: autograd holds on to both hooks
 
         def pack(tensor: torch.Tensor) -> tuple[bool, Any]:
-            part = _part(tensor, inputs)
+            part = _part(tensor, present)
             if part is None:
                 return False, self._keep(tensor)
             parts.append(part)
@@ -103,6 +104,7 @@ class Attentions:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             result = function(*args, **kwargs)
+        present.clear()
         several = result if isinstance(result, tuple) else (result,)
         kept = [self._keep(value) if isinstance(value, torch.Tensor) else value for value in several]
         needs = any(isinstance(value, torch.Tensor) and value.requires_grad for value in several)

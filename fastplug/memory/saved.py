@@ -30,7 +30,8 @@ gated MLP              h                   T·H·e, the residual stream between 
 What a policy keeps of it from the layer's forward to its backward:
 
 - ``KEEP``: all of it.
-- ``DROP_GATE_UP``: all but gate and up. In tiles (``tile_rows``) the MLP keeps h, 1/rms and the dropout masks only.
+- ``DROP_GATE_UP``: all but gate and up. In tiles (``tile_rows``) the MLP keeps h only, but with dropout also what the
+  adapters keep, A and B of each tile.
 - ``KEEP_ATTENTION``: x, attention's out and logsumexp.
 - ``RESIDUAL``: x.
 - ``OFFLOAD_ATTENTION`` and ``OFFLOAD``: nothing; x (and out, logsumexp) in the host's memory. The device holds those of
@@ -99,7 +100,7 @@ def tensors(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None
         return {**x, **attention}
     found = {
         **x,
-        "1/rms": 8 * T,
+        "1/rms": 4 * T,
         "q, k, v": T * (w.queries + 2 * w.keys) * c,
         **attention,
         "middle of the residual stream": T * w.hidden * w.residual_bytes,
@@ -112,11 +113,12 @@ def tensors(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None
         found["repeated k, v"] = 2 * T * w.queries * c
     if policy is Policy.KEEP:
         found["gate, up"] = 2 * T * w.intermediate * c
-    if policy is Policy.KEEP or tile_rows is None:
-        found["adapters of gate, up"] = _adapters(w.gate_up, T, w.hidden, 2 * w.intermediate, c)
-        found["adapter of down"] = _adapters(w.down, T, w.intermediate, w.hidden, c)
-    else:
-        found["dropout masks"] = T * (w.gate_up.dropping * w.hidden + w.down.dropping * w.intermediate)
+    tiles = 1 if policy is Policy.KEEP or tile_rows is None else max(1, -(-T // tile_rows))
+    if tiles == 1:
+        found["1/rms of the MLP"] = 4 * T
+    if tiles == 1 or w.gate_up.dropping or w.down.dropping:
+        found["adapters of gate, up"] = _adapters(w.gate_up, T, w.hidden, 2 * w.intermediate, c, tiles)
+        found["adapter of down"] = _adapters(w.down, T, w.intermediate, w.hidden, c, tiles)
     return {name: size for name, size in found.items() if size}
 
 
@@ -125,8 +127,8 @@ def saved(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None) 
     return sum(tensors(policy, w, tokens, tile_rows).values())
 
 
-def _adapters(rank: Rank, T: int, inputs: int, outputs: int, c: int) -> int:
-    matrices = inputs + outputs if rank.copied else 0
+def _adapters(rank: Rank, T: int, inputs: int, outputs: int, c: int, tiles: int = 1) -> int:
+    matrices = tiles * (inputs + outputs) if rank.copied else 0
     return rank.total * (T + matrices) * c + rank.dropping * T * inputs
 
 
