@@ -2,8 +2,8 @@
 
 Times come from pairs of events in the device's own stream, which are read a step later, when the device has passed
 them: nothing waits. Sizes come from the allocator's counter around a layer's forward. Both are kept as ratios of
-measured to reasoned, one for each policy, so that they hold for every layer and every shape, are few enough to be agreed
-on by all ranks, and are saved with the plans.
+measured to reasoned, one for each policy, so that they hold for every layer and every shape, are few enough to be
+agreed on by all ranks, and are saved with the plans.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from fastplug.memory.costs import LayerCosts, PolicyCost
+from fastplug.memory.estimate import SLACK
 from fastplug.memory.meter import Mark, Meter
 from fastplug.memory.policy import Policy
 
@@ -42,7 +43,7 @@ class Agreed:
     context: int
     fixed: int
     extra: int = 0
-    slack: float = 0.02
+    slack: float = SLACK
     host: int = 0
     accumulating: bool = False
     live: int = 1

@@ -116,6 +116,11 @@ class Offloader:
         self._groups = [weakref.ref(group) for group in (*alive, made)]
         return made
 
+    @property
+    def latest(self) -> Group:
+        """The group of the layer whose forward began last."""
+        return self._alive()[-1]
+
     def next_is_before(self, group: Group) -> None:
         """A layer's backward begins: bring in the layer before it, and let all others leave the device."""
         alive = self._alive()

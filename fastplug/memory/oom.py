@@ -27,6 +27,7 @@ from fastplug.patching.sites import NotCovered
 
 T = TypeVar("T")
 Compute = Callable[[torch.Tensor], Any]
+Fetch = Callable[[], torch.Tensor]
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
@@ -55,6 +56,7 @@ class Room:
         self._meter, self._ran_out = meter, ran_out
         self._waiting: list[weakref.ref[Record]] = []
         self.dropped = 0  # layers whose kept tensors were dropped so far
+        self.backwards = 0  # layers whose backward has run
 
     def add(self, record: Record) -> None:
         self._waiting.append(weakref.ref(record))
@@ -128,6 +130,7 @@ class Record:
     ) -> None:
         self.room, self.compute, self.held, self.policy, self.index = room, compute, held, policy, index
         self.x = None if policy.offloads else x.detach()
+        self.fetch: Fetch | None = None  # gets the input from where an offloading policy has put it
         self.needs_dx = x.requires_grad
         self._replay = _Surroundings(x.device)
         self._edge: Any = None
@@ -162,24 +165,27 @@ class Record:
             found = retried(self.room, lambda: self._gradients(g, keep))
         finally:
             self._busy = False
+        self.room.backwards += 1
         if not keep:  # the node lives as long as the loss does
-            self.done, self._edge, self._wanted, self.x = True, None, [], None
+            self.done, self._edge, self._wanted, self.x, self.fetch = True, None, [], None, None
             self.compute = _gone
         return found
 
     def _gradients(self, g: torch.Tensor, keep: bool) -> list[torch.Tensor | None]:
         if self._edge is None:
             self._compute_again()
-        # Where only the host has the input, the graph must survive a failure, since it cannot be made again.
-        edge, retain = self._edge, keep or self.x is None
-        if not retain:
+        edge = self._edge
+        if not keep:  # what a failure half-way has freed cannot be used again
             self._edge = None
-        return list(torch.autograd.grad(edge, self._wanted, g, retain_graph=retain, allow_unused=True))
+        return list(torch.autograd.grad(edge, self._wanted, g, retain_graph=keep, allow_unused=True))
 
     def _compute_again(self) -> None:
-        assert self.x is not None
+        x = self.x
+        if x is None:
+            assert self.fetch is not None
+            x = self.fetch()
         leaves = self._wanted[1:] if self.needs_dx else self._wanted
-        x = self.x.detach().requires_grad_(self.needs_dx)
+        x = x.detach().requires_grad_(self.needs_dx)
         with self._replay.again(), torch.enable_grad():
             entering = Entry.apply(x) if self.needs_dx else x
             out = self.compute(entering)
@@ -242,6 +248,7 @@ def guarded(
     held: int,
     index: int = 0,
     observe: Callable[[bool], None] | None = None,
+    pack: Callable[[torch.Tensor], Fetch] | None = None,
 ) -> Any:
     """``compute(x)`` for a layer's input x [batch, length, hidden], such that running out of memory is handled.
 
@@ -254,6 +261,7 @@ def guarded(
         held: Bytes that dropping it frees.
         index: The layer's place among the layers.
         observe: Called with True before its backward and with False after it.
+        pack: Under an offloading policy, a way to get back the input from the host's memory.
     """
     record = Record(room, policy, again, x, held, index)
     entering: torch.Tensor = x
@@ -273,6 +281,8 @@ def guarded(
         return result
     record.set(out, entering, leaves)
     record.backward_marks = observe
+    if record.x is None and pack is not None:
+        record.fetch = pack(entering)
     room.add(record)
     out = Layer.apply(record, x, *leaves)
     return (out,) if isinstance(result, tuple) else out

@@ -30,6 +30,8 @@ from fastplug.patching.sites import Site
 
 logger = logging.getLogger("fastplug")
 AUTO_HEADROOM = 0.05  # of the device, left free by memory="auto" where the user names no headroom
+CAUTION = 0.8  # of memory that proved not to be needed is planned with
+YOUNG, GROWTH = 4, 96 * 2**20  # in the first forwards, kernels have yet to be loaded into the CUDA context
 SLACK_STEP, SLACK_MOST = 0.02, 0.2  # more is left unplanned when the allocator keeps giving blocks back
 Shape = tuple[int, int]  # batch, and length on the grid
 
@@ -65,7 +67,7 @@ class Planner:
         self._urgent = False
         self._lowered = 0  # bytes by which plans are made smaller since memory ran out
         self._optimizer_seen = False
-        self._had_gradients = False
+        self._assumed = 0  # bytes of the optimizer's states that are planned for and not there yet
         self._predicted_peak = 0  # of the plans since the last agreement
         self._peak_before = (0, 0)
         self._retries = 0
@@ -131,16 +133,15 @@ class Planner:
         meter = self._start(x.device)
         assert self._calibration is not None
         self._forwards += 1
-        gradients = self._gradient_bytes()
-        self._optimizer_seen |= self._had_gradients and not gradients
-        self._had_gradients |= gradients > 0
         self._calibration.begin(shape)
         waiting = self.room.forwards(0)
         group = agreement.group_of(layer)
-        if self.agreed is None or (not self.pinned and (agreement.due(self._forwards) or (self._urgent and not group))):
-            self._renew(meter, x, gradients, waiting, group)
-        elif self.pinned and self._urgent:
-            self._unpin()
+        if self.pinned and self._urgent:
+            self.pinned = False
+            self.note("the saved plan ran out of memory and is followed no more")
+        urgent = group is None and (self._urgent or (self.agreed is not None and waiting >= self.agreed.live))
+        if self.agreed is None or (not self.pinned and (agreement.due(self._forwards) or urgent)):
+            self._renew(meter, x, waiting, group)
         if shape not in self.plans:
             self.plans[shape] = self._make(shape)
         elif shape not in self._costs:  # a saved plan
@@ -168,20 +169,23 @@ class Planner:
             self.meter.release()  # what loading and quantizing left in the cache
         return self.meter
 
-    def _renew(self, meter: Meter, x: torch.Tensor, gradients: int, waiting: int, group: Any) -> None:
+    def _renew(self, meter: Meter, x: torch.Tensor, waiting: int, group: Any) -> None:
         """Take the present numbers, those of the rank that has least; forget the plans if that changes much."""
         assert self._calibration is not None
         self._urgent = False
-        allocated = meter.allocated()
+        gradients = self._gradient_bytes()
         held = sum(record.held for record in self.room.records())
-        fixed = allocated - gradients - x.numel() * x.element_size() - held
-        if not self._optimizer_seen:
-            fixed += self._reading.optimizer_bytes()
+        fixed = meter.allocated() - gradients - x.numel() * x.element_size() - held
+        extra = self._extra(meter)
+        # A backward ran and its gradients are gone: an optimizer has stepped, and its states are allocated.
+        self._optimizer_seen |= self.room.backwards > 0 and not gradients
+        self._assumed = 0 if self._optimizer_seen else self._reading.optimizer_bytes()
+        young = x.is_cuda and self._forwards < YOUNG
         local = Agreed(
             available=self._available(meter),
-            context=meter.context(),
-            fixed=max(fixed, 0),
-            extra=self._extra(meter),
+            context=meter.context() + (GROWTH if young else 0),
+            fixed=max(fixed, 0) + self._assumed,
+            extra=extra,
             slack=self._slack(meter),
             host=max(0, (available() or 0) - RESERVE),
             accumulating=gradients > 0 or (self.agreed is not None and self.agreed.accumulating),
@@ -194,6 +198,7 @@ class Planner:
         if self.agreed is None or agreed.differs(self.agreed):
             self.agreed = agreed
             self.plans.clear()
+            meter.release()  # blocks of the sizes that the last plan needed
         if amount_of(self.options) is not None:
             meter.limit(amount_of(self.options, meter.total()) - agreed.context)  # type: ignore[operator]
 
@@ -219,7 +224,8 @@ class Planner:
         known = 0 if self.agreed is None else self.agreed.extra
         if self.agreed is None or peak[0] <= before[0] or not self._predicted_peak or before == (0, 0):
             return known
-        return known + peak[0] - self._predicted_peak
+        found = peak[0] - (self._predicted_peak - self._assumed)
+        return known + (found if found > 0 else int(found * CAUTION))
 
     def _slack(self, meter: Meter) -> float:
         known = Agreed.slack if self.agreed is None else self.agreed.slack
@@ -283,10 +289,6 @@ class Planner:
             f"a step ran out of memory at {gib(self.meter.reserved()) if self.meter else ''} reserved; "
             "what layers kept was dropped and computed again, and the next plans are smaller"
         )
-
-    def _unpin(self) -> None:
-        self.pinned = False
-        self.note("the pinned plan ran out of memory and is followed no more")
 
     # --- around ---
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastplug.memory.checkpoint import run
-from fastplug.memory.oom import guarded
+from fastplug.memory.checkpoint import offloader, run
+from fastplug.memory.oom import Fetch, guarded
 from fastplug.memory.planner import Planner
 from fastplug.memory.policy import Policy
 from fastplug.memory.takeover import pass_on, permitted, switched_by
@@ -86,7 +86,17 @@ def _run(
     seen = planner.observe(state.index)
     if _guards(layer, binding, kwargs):
         observe = None if seen is None else seen.backward
-        result = guarded(planner.room, policy, compute, again, x, planner.held(state.index), state.index, observe)
+        result = guarded(
+            planner.room,
+            policy,
+            compute,
+            again,
+            x,
+            planner.held(state.index),
+            state.index,
+            observe,
+            lambda x: _fetch(binding, x),
+        )
     else:
         result = compute(x)
     if type(result) is NotCovered:
@@ -96,6 +106,13 @@ def _run(
     elif seen is not None:
         seen.forward_done()
     return result
+
+
+def _fetch(binding: Binding, x: torch.Tensor) -> Fetch:
+    """A way to get an input that the layer which just ran has offloaded."""
+    group = offloader(binding).latest
+    packed = group.pack(x)
+    return lambda: group.unpack(packed)
 
 
 def _prevented(layer: nn.Module, state: State, kwargs: dict[str, Any]) -> str | None:
