@@ -91,7 +91,9 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
         retries = _retries()
         times = sorted(milliseconds(lambda i=i: loop.step(i)) for i in range(a.steps))  # type: ignore[misc]
         planner = planners(model)[0]
-        plan = planner.plan
+        plan, agreed = planner.plan, planner.agreed
+        assert plan is not None
+        assert agreed is not None
         result |= {
             "ms": round(times[len(times) // 2], 2),
             "ms_min": round(times[0], 2),
@@ -104,9 +106,9 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
             "policies": {policy.value: count for policy, count in plan.counts().items()},
             "order": [policy.value for policy in plan.policies],
             "tile_rows": plan.tile_rows,
-            "agreed": {k: v for k, v in vars(planner.agreed).items() if k not in ("ms", "saved")},
-            "ratios_ms": {p.value: round(r, 3) for p, r in planner.agreed.ms.items()},
-            "ratios_saved": {p.value: round(r, 3) for p, r in planner.agreed.saved.items()},
+            "agreed": {k: v for k, v in vars(agreed).items() if k not in ("ms", "saved")},
+            "ratios_ms": {p.value: round(r, 3) for p, r in agreed.ms.items()},
+            "ratios_saved": {p.value: round(r, 3) for p, r in agreed.saved.items()},
             "dropped": planner.room.dropped,
             "retries": _retries() - retries,
             "whole_run": whole,
@@ -212,7 +214,8 @@ def line(result: dict[str, Any]) -> str:
     return (
         f"{result['budget']:>8} {result['ms']:9.1f} ms  planned {result['planned_gib']:7.2f}  measured "
         f"{result['peak_gib'] or 0:7.2f} (whole run {result['whole_run']['peak_gib'] or 0:7.2f}) GiB  "
-        f"same={result['same']}  loss {result['loss']}  norm {result['grad_norm']}  [{policies}; tiles {result['tile_rows']}; dropped {result['dropped']}]"
+        f"same={result['same']}  loss {result['loss']}  norm {result['grad_norm']}  "
+        f"[{policies}; tiles {result['tile_rows']}; dropped {result['dropped']}]"
     )
 
 
@@ -220,9 +223,7 @@ def main() -> None:
     a = arguments().parse_args()
     if a.toy:
         a.shape, a.row, a.layers = "tiny", "lora:2x128", 4
-        a.budgets = (
-            "keep,1600KiB,2MiB,2500KiB,auto,full" if a.budgets == arguments().get_default("budgets") else a.budgets
-        )
+        a.budgets = "keep,2500KiB,3MiB,4MiB,auto,full" if a.budgets == arguments().get_default("budgets") else a.budgets
     if a.device == "cpu":
         torch.cuda.is_available = lambda: False  # type: ignore[assignment]
     row, started = Row.parse(a.row), time.time()

@@ -41,7 +41,10 @@ class Meter(Protocol):
         """What is in tensors."""
 
     def peak(self) -> tuple[int, int]:
-        """The highest (allocated, reserved) since somebody reset the counters; they are never reset here."""
+        """The highest (allocated, reserved) since somebody reset the counters, (0, 0) if nobody counts.
+
+        They are never reset here.
+        """
 
     def retries(self) -> int:
         """How often the allocator had to give back cached blocks to serve a request."""
@@ -135,7 +138,6 @@ class HostMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._highest = 0
 
     def total(self) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**36
@@ -153,12 +155,10 @@ class HostMeter:
         model = self._model()
         tensors = [] if model is None else [*model.parameters(), *model.buffers()]
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *gradients))
-        self._highest = max(self._highest, size)
-        return size
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *gradients))
 
     def peak(self) -> tuple[int, int]:
-        return self._highest, self._highest
+        return 0, 0
 
     def retries(self) -> int:
         return 0

@@ -324,7 +324,7 @@ class Planner:
             found.update(
                 plan=self.plan.as_dict(),
                 predicted_peak=self.plan.total,
-                measured_peak=self.meter.peak()[1] + self.agreed.context,
+                measured_peak=self.meter.peak()[1] + self.agreed.context if any(self.meter.peak()) else None,
                 shapes=len(self.plans),
                 dropped=self.room.dropped,
                 pinned=self.pinned,

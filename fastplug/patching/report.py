@@ -88,12 +88,13 @@ def describe(memory: dict[str, Any]) -> str:
         return f"{start}: no plan, {memory['why_no_plan']}"
     if "plan" not in memory:
         return f"{start}: the first training step makes the plan"
-    plan = memory["plan"]
+    plan, measured = memory["plan"], memory["measured_peak"]
     counts = Counter(plan["policies"])
     layers = ", ".join(f"{count} x {policy}" for policy, count in counts.items())
     return (
         f"{start}: {plan['batch']} x {plan['sequence']} tokens, layers {layers}; peak "
-        f"{memory['predicted_peak'] / 2**30:.2f} GiB planned, {memory['measured_peak'] / 2**30:.2f} GiB measured so far"
+        f"{memory['predicted_peak'] / 2**30:.2f} GiB planned"
+        + (f", {measured / 2**30:.2f} GiB measured so far" if measured is not None else "")
         + (f"; memory ran out, {memory['dropped']} times a layer was dropped" if memory["dropped"] else "")
     )
 
