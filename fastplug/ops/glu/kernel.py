@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from fastplug.ops.configs import config
-from fastplug.ops.glu.reference import NOTHING, LowRank, check_activation
+from fastplug.ops.glu.reference import check_activation
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
 
@@ -49,18 +47,7 @@ def _tile(M, N, COLUMN_BLOCKS, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     return rows, cols, (rows < M) & (cols < N)
 
 
-@triton.jit
-def _plus(t, rows, cols, M, N, x_ptr, y_ptr, x_stride, y_r, y_n, R, BLOCK_R: tl.constexpr):
-    """t + x y for x [M, R] and y [R, N], accumulated in fp32."""
-    if x_ptr is not None:
-        r = tl.arange(0, BLOCK_R).to(tl.int64)
-        x = tl.load(x_ptr + rows * x_stride + r[None, :], mask=(rows < M) & (r < R)[None, :], other=0.0)
-        y = tl.load(y_ptr + r[:, None] * y_r + cols * y_n, mask=(r < R)[:, None] & (cols < N), other=0.0)
-        t = tl.dot(x, y, acc=t, input_precision="ieee")
-    return t
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["gate_stride", "up_stride", "out_stride", "M", "COLUMN_BLOCKS"])
 def _forward_kernel(
     gate_ptr,  # [M, N]
     up_ptr,  # [M, N]
@@ -71,24 +58,23 @@ def _forward_kernel(
     M,
     N,
     COLUMN_BLOCKS,
-    gx_ptr, gy_ptr, gx_stride, gy_r, gy_n, g_rank,  # x [M, R] and y [R, N] to be added to gate, or None
-    ux_ptr, uy_ptr, ux_stride, uy_r, uy_n, u_rank,  # and to up
-    BLOCK_R: tl.constexpr,
     ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     rows, cols, mask = _tile(M, N, COLUMN_BLOCKS, ROWS, BLOCK_N)
-    g = tl.load(gate_ptr + rows * (gate_stride * UNIT) + cols, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up_ptr + rows * (up_stride * UNIT) + cols, mask=mask, other=0.0).to(tl.float32)
-    g = _plus(g, rows, cols, M, N, gx_ptr, gy_ptr, gx_stride, gy_r, gy_n, g_rank, BLOCK_R)
-    u = _plus(u, rows, cols, M, N, ux_ptr, uy_ptr, ux_stride, uy_r, uy_n, u_rank, BLOCK_R)
+    g = tl.load(gate_ptr + rows * (gate_stride * UNIT) + cols, mask=mask).to(tl.float32)
+    u = tl.load(up_ptr + rows * (up_stride * UNIT) + cols, mask=mask).to(tl.float32)
     out = (g * _factor(g, ACTIVATION)).to(gate_ptr.dtype.element_ty).to(tl.float32) * u
     tl.store(out_ptr + rows * (out_stride * UNIT) + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "dout_stride", "gate_stride", "up_stride", "dgate_stride", "dup_stride", "out_stride", "M", "COLUMN_BLOCKS",
+    ]
+)  # fmt: skip
 def _backward_kernel(
     dout_ptr,  # [M, N]
     gate_ptr,  # [M, N]
@@ -105,22 +91,15 @@ def _backward_kernel(
     M,
     N,
     COLUMN_BLOCKS,
-    gx_ptr, gy_ptr, gx_stride, gy_r, gy_n, g_rank,
-    ux_ptr, uy_ptr, ux_stride, uy_r, uy_n, u_rank,
-    dx_ptr, dy_ptr, dx_stride, dy_r, dy_n, d_rank,
-    BLOCK_R: tl.constexpr,
     ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     rows, cols, mask = _tile(M, N, COLUMN_BLOCKS, ROWS, BLOCK_N)
-    d = tl.load(dout_ptr + rows * (dout_stride * UNIT) + cols, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gate_ptr + rows * (gate_stride * UNIT) + cols, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up_ptr + rows * (up_stride * UNIT) + cols, mask=mask, other=0.0).to(tl.float32)
-    g = _plus(g, rows, cols, M, N, gx_ptr, gy_ptr, gx_stride, gy_r, gy_n, g_rank, BLOCK_R)
-    u = _plus(u, rows, cols, M, N, ux_ptr, uy_ptr, ux_stride, uy_r, uy_n, u_rank, BLOCK_R)
-    d = _plus(d, rows, cols, M, N, dx_ptr, dy_ptr, dx_stride, dy_r, dy_n, d_rank, BLOCK_R)
+    d = tl.load(dout_ptr + rows * (dout_stride * UNIT) + cols, mask=mask).to(tl.float32)
+    g = tl.load(gate_ptr + rows * (gate_stride * UNIT) + cols, mask=mask).to(tl.float32)
+    u = tl.load(up_ptr + rows * (up_stride * UNIT) + cols, mask=mask).to(tl.float32)
     factor = _factor(g, ACTIVATION)
     slope = _slope(g, factor, ACTIVATION)
     value = g * factor
@@ -139,60 +118,29 @@ def tile(N: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     return elements // block, block
 
 
-def _geometry(*tensors: torch.Tensor | None, flat: bool) -> tuple[int, int, list[int], int]:
-    """``(M, N, row strides, unit)``; tensors that are all contiguous are one long row if ``flat``: no partial tiles."""
+def _geometry(*tensors: torch.Tensor | None) -> tuple[int, int, list[int], int]:
+    """``(M, N, row strides, unit)``; tensors that are all contiguous are one long row, without partial tiles."""
     present = [t for t in tensors if t is not None]
     M, N = present[0].shape
-    if flat and all(t.is_contiguous() for t in present):
+    if all(t.is_contiguous() for t in present):
         return 1, M * N, [0] * len(tensors), 8
     strides = [0 if t is None else t.stride(0) for t in tensors]
     unit = stride_unit(*strides)
     return M, N, [stride // unit for stride in strides], unit
 
 
-def _low_rank(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> tuple[list[Any], int]:
-    """The kernels' arguments for products that are added, and the rank they are padded to: 0 without any."""
-    arguments: list[Any] = []
-    rank = 0
-    for x, y in pairs:
-        if x is None or y is None:
-            arguments += [None, None, 0, 0, 0, 0]
-        else:
-            arguments += [x, y, x.stride(0), y.stride(0), y.stride(1), x.shape[1]]
-            rank = max(rank, power_of_2(x.shape[1]), 16)  # the least that tensor cores take
-    return arguments, rank
-
-
-def _launch(N: int, dtype: torch.dtype, device: torch.device, rank: int) -> tuple[int, int, int]:
-    """``(rows, columns, warps)``: with products, square tiles, which read the least of x and y."""
-    return (*tile(N, dtype, device), 4) if rank == 0 else (64, 64, 8)
-
-
 @custom_op("out")
-def glu_forward(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    out: torch.Tensor,
-    activation: str,
-    gate_x: torch.Tensor | None = None,
-    gate_y: torch.Tensor | None = None,
-    up_x: torch.Tensor | None = None,
-    up_y: torch.Tensor | None = None,
-) -> None:
-    """Write ``activation(gate) * up`` into ``out``; all [M, N] with contiguous last dimensions.
-
-    ``gate_x`` [M, R] times ``gate_y`` [R, N] is added to gate, likewise to up.
-    """
+def glu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: str) -> None:
+    """Write ``activation(gate) * up`` into ``out``; all [M, N] with contiguous last dimensions."""
     if gate.numel() == 0:
         return
-    products, rank = _low_rank((gate_x, gate_y), (up_x, up_y))
-    M, N, strides, unit = _geometry(gate, up, out, flat=rank == 0)
-    rows, block, warps = _launch(N, gate.dtype, gate.device, rank)
+    M, N, strides, unit = _geometry(gate, up, out)
+    rows, block = tile(N, gate.dtype, gate.device)
     column_blocks = triton.cdiv(N, block)
     with on_device(gate):
         _forward_kernel[(triton.cdiv(M, rows) * column_blocks,)](
-            gate, up, out, *strides, M, N, column_blocks, *products, rank,
-            ACTIVATION=activation, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=warps, enable_fp_fusion=True,
+            gate, up, out, *strides, M, N, column_blocks,
+            ACTIVATION=activation, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -205,38 +153,25 @@ def glu_backward(
     dup: torch.Tensor,
     out: torch.Tensor | None,
     activation: str,
-    gate_x: torch.Tensor | None = None,
-    gate_y: torch.Tensor | None = None,
-    up_x: torch.Tensor | None = None,
-    up_y: torch.Tensor | None = None,
-    dout_x: torch.Tensor | None = None,
-    dout_y: torch.Tensor | None = None,
 ) -> None:
     """Write ``dgate``, ``dup`` and, where given, ``out``; all [M, N] with contiguous last dimensions."""
     if gate.numel() == 0:
         return
-    products, rank = _low_rank((gate_x, gate_y), (up_x, up_y), (dout_x, dout_y))
-    M, N, strides, unit = _geometry(dout, gate, up, dgate, dup, out, flat=rank == 0)
-    rows, block, warps = _launch(N, gate.dtype, gate.device, rank)
+    M, N, strides, unit = _geometry(dout, gate, up, dgate, dup, out)
+    rows, block = tile(N, gate.dtype, gate.device)
     column_blocks = triton.cdiv(N, block)
     with on_device(gate):
         _backward_kernel[(triton.cdiv(M, rows) * column_blocks,)](
-            dout, gate, up, dgate, dup, out, *strides, M, N, column_blocks, *products, rank,
-            ACTIVATION=activation, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=warps, enable_fp_fusion=True,
+            dout, gate, up, dgate, dup, out, *strides, M, N, column_blocks,
+            ACTIVATION=activation, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def forward(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    activation: str,
-    out: torch.Tensor,
-    added: tuple[LowRank | None, LowRank | None] = NOTHING,
-) -> None:
+def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor) -> None:
     """See :func:`fastplug.ops.glu.reference.forward`."""
     check_activation(activation)
     check_output("out", out, gate.shape)
-    glu_forward(unit_stride(gate), unit_stride(up), out, activation, *_pair(added[0]), *_pair(added[1]))
+    glu_forward(unit_stride(gate), unit_stride(up), out, activation)
 
 
 def backward(
@@ -247,8 +182,6 @@ def backward(
     dgate: torch.Tensor,
     dup: torch.Tensor,
     out: torch.Tensor | None = None,
-    added: tuple[LowRank | None, LowRank | None] = NOTHING,
-    dout_added: LowRank | None = None,
 ) -> None:
     """See :func:`fastplug.ops.glu.reference.backward`."""
     check_activation(activation)
@@ -256,9 +189,4 @@ def backward(
     check_output("dup", dup, gate.shape)
     if out is not None:
         check_output("out", out, gate.shape)
-    products = (*_pair(added[0]), *_pair(added[1]), *_pair(dout_added))
-    glu_backward(unit_stride(dout), unit_stride(gate), unit_stride(up), dgate, dup, out, activation, *products)
-
-
-def _pair(product: LowRank | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (None, None) if product is None else (unit_stride(product.x), product.y)
+    glu_backward(unit_stride(dout), unit_stride(gate), unit_stride(up), dgate, dup, out, activation)

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-
-
-class LowRank(NamedTuple):
-    """A product x y [M, N] that is added to a tensor where it is read: ``x`` [M, R], ``y`` [R, N], any strides."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-NOTHING = (None, None)
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -39,13 +28,7 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
 
 
-def forward(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    activation: str,
-    out: torch.Tensor,
-    added: tuple[LowRank | None, LowRank | None] = NOTHING,
-) -> None:
+def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor) -> None:
     """Write ``activation(gate) * up`` into ``out``.
 
     Args:
@@ -53,15 +36,13 @@ def forward(
         activation: ``"silu"``, ``"gelu"`` (exact) or ``"gelu_tanh"``. Computed in fp32, rounded to gate's dtype before
             the product, as the modules do.
         out: [M, N]; rows may be strided. May be ``gate`` or ``up``.
-        added: What is added to gate and to up (LoRA's x Aᵀ and Bᵀ), in fp32, without a pass over them of its own.
 
     Raises:
         ValueError: For an unknown activation, or an ``out`` of another shape or with strided columns.
     """
     check_activation(activation)
     wide = torch.promote_types(gate.dtype, torch.float32)
-    value = activate(_plus(gate, added[0]), activation).to(gate.dtype)
-    _product(value.to(wide), _plus(up, added[1]).to(wide), out)
+    _product(activate(gate, activation).to(wide), up.to(wide), out)
 
 
 def backward(
@@ -72,8 +53,6 @@ def backward(
     dgate: torch.Tensor,
     dup: torch.Tensor,
     out: torch.Tensor | None = None,
-    added: tuple[LowRank | None, LowRank | None] = NOTHING,
-    dout_added: LowRank | None = None,
 ) -> None:
     """Write ``dgate = dout * up * activation'(gate)`` and ``dup = dout * activation(gate)``; ``out`` too if given.
 
@@ -82,14 +61,10 @@ def backward(
         dgate, dup: [M, N], rows may be strided. May be ``gate`` and ``up``.
         out: [M, N] or None: receives :func:`forward`'s result again, for a backward that needs it (of the down
             projection's adapter) without having kept it. May be ``dout``.
-        added: As in :func:`forward`.
-        dout_added: What is added to ``dout`` likewise.
     """
     check_activation(activation)
     wide = torch.promote_types(gate.dtype, torch.float32)
-    g, u = (_plus(t, product).to(wide) for t, product in zip((gate, up), added))
-    d = _plus(dout, dout_added).to(wide)
-    d = d.clone() if d is out else d
+    g, u, d = gate.to(wide), up.to(wide), dout.to(wide, copy=out is dout)
     if activation == "silu":
         s = torch.sigmoid(g)
         slope = torch.neg(g).sigmoid_().mul_(g).add_(1).mul_(s)  # not 1 - s, which cancels
@@ -111,14 +86,6 @@ def backward(
         _product(value.to(gate.dtype).to(wide), u, out)
     _product(slope, d, dgate)
     _product(value, d, dup)
-
-
-def _plus(t: torch.Tensor, product: LowRank | None) -> torch.Tensor:
-    """``t`` and the product in fp32; ``t`` itself without one."""
-    if product is None:
-        return t
-    wide = torch.promote_types(t.dtype, torch.float32)
-    return torch.addmm(t.to(wide), product.x.to(wide), product.y.to(wide))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:

@@ -41,13 +41,7 @@ class Adapters:
         self.dropout = any(block.projection.dropout for block in self.blocks)
         scalings = {block.projection.scaling for block in self.blocks}
         self.scaling = scalings.pop() if len(scalings) == 1 else None  # None: one per projection
-        self.device = next((p.a.device for p, _, _ in self.blocks if p.a is not None), torch.device("cpu"))
         self._index = {id(p): i * PER_PROJECTION for i, p in enumerate(projections)}
-
-    def columns(self, first: int, last: int) -> slice | None:
-        """The columns of x Aᵀ that belong to the rows ``first .. last`` of y; None if these have no adapter."""
-        touching = [columns for _, rows, columns in self.blocks if rows.start < last and rows.stop > first]
-        return slice(touching[0].start, touching[-1].stop) if touching else None
 
     # --- matrices -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastplug.ops.lora.attention_input import Norm
-from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized, products
+from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized
 from fastplug.ops.lora.gated_mlp_tiles import backward_in_tiles, forward_in_tiles
 from fastplug.ops.lora.group import Group, Kept
 from fastplug.ops.recompute import tensors_left
@@ -102,10 +102,9 @@ class GatedMLPFunction(torch.autograd.Function):
             return forward_in_tiles(ctx, spec, h, norm_weight, tiles, x.shape)
 
         normed, h, rstd = normalized(spec, rows, norm_weight, residual_rows)
-        kept = spec.gate_up.adapters(normed)
-        gate_up = products(spec, normed, kept)
+        gate_up, kept = spec.gate_up.forward(normed)
         del normed
-        hidden = activated(spec, gate_up, kept)
+        hidden = activated(spec, gate_up)
         down_kept = spec.down.adapters(hidden)
         saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.tensors(), *down_kept.tensors())
         del gate_up

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastplug.ops.glu.reference import NOTHING, LowRank
-from fastplug.ops.lora.group import Grads, Kept
+from fastplug.ops.lora.group import Grads, Group, Kept
 
 if TYPE_CHECKING:
     from fastplug.ops.lora.gated_mlp import GatedMLP
@@ -16,33 +15,27 @@ if TYPE_CHECKING:
 def normalized(
     spec: GatedMLP, rows: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The input of gate and up, rows + residual, and 1/rms."""
+    """The input of gate and up (after a norm in a buffer of :meth:`Group.room`), rows + residual, and 1/rms."""
     if spec.norm is None:
         return rows.to(spec.gate_up.dtype), rows, None
-    normed, h, rstd = spec.gate_up.ops.rms_norm.forward(
-        rows, weight, spec.norm.eps, residual=residual, out_dtype=spec.gate_up.dtype, **spec.norm.kwargs()
+    normed = spec.gate_up.room(len(rows), rows.device)
+    _, h, rstd = spec.gate_up.ops.rms_norm.forward(
+        rows,
+        weight,
+        spec.norm.eps,
+        residual=residual,
+        out=normed[:, : spec.gate_up.in_features],
+        **spec.norm.kwargs(),
     )
     return normed, h, rstd
 
 
-def products(spec: GatedMLP, normed: torch.Tensor, kept: Kept) -> torch.Tensor:
-    """Gate and up [rows, 2 width]; without their adapters' part where :func:`activated` and the backward add it."""
-    return spec.gate_up.products(normed, kept, adapted=not spec.gate_up.deferred)
-
-
-def activated(spec: GatedMLP, gate_up: torch.Tensor, kept: Kept) -> torch.Tensor:
-    """act(gate) · up [rows, width]."""
+def activated(spec: GatedMLP, gate_up: torch.Tensor) -> torch.Tensor:
+    """act(gate) · up, in a buffer of :meth:`Group.room`."""
     gate, up = gate_up.split(spec.widths, dim=-1)
-    hidden = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    spec.down.ops.glu.forward(gate, up, spec.activation, hidden, _added(spec, kept))
+    hidden = spec.down.room(len(gate_up), gate_up.device)
+    spec.down.ops.glu.forward(gate, up, spec.activation, hidden[:, : up.shape[1]])
     return hidden
-
-
-def _added(spec: GatedMLP, kept: Kept) -> tuple[LowRank | None, LowRank | None]:
-    if not spec.gate_up.deferred:
-        return NOTHING
-    gate, up = spec.gate_up.low_rank(kept, spec.widths)
-    return gate, up
 
 
 def backward(
@@ -80,27 +73,16 @@ def backward(
     gate_up_kept, down_kept = kept
     gate, up = gate_up.split(spec.widths, dim=-1)
     # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
-    deferred = spec.down.deferred and not spec.down.adapted.dropout
-    hidden, gb = spec.down.input_gradient(g, down_kept, True, adapted=not deferred)
+    hidden, gb = spec.down.input_gradient(g, down_kept, True)
     assert hidden is not None
     compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
-    d_gate_up = gate_up if overwrite and not compiling else torch.empty_like(gate_up)
-    d_gate, d_up = d_gate_up.split(spec.widths, dim=-1)
+    overwrite = overwrite and not compiling and not _has_gradient_room(spec.gate_up, g.device)
+    d_gate_up = gate_up if overwrite else spec.gate_up.gradient_room(len(g), g.device)
+    d_gate, d_up = d_gate_up[:, : spec.gate_up.out_features].split(spec.widths, dim=-1)
     d_hidden = hidden
     if needs_hidden and compiling:
         hidden = torch.empty_like(d_hidden)
-    d_hidden_added = LowRank(gb, down_kept.a) if deferred and gb is not None and down_kept.a is not None else None
-    ops.glu.backward(
-        d_hidden,
-        gate,
-        up,
-        spec.activation,
-        d_gate,
-        d_up,
-        hidden if needs_hidden else None,
-        _added(spec, gate_up_kept),
-        d_hidden_added,
-    )
+    ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden if needs_hidden else None)
     del d_hidden, gate_up, gate, up
     if needs_hidden and late:
         down_kept = spec.down.adapters(hidden)
@@ -131,4 +113,10 @@ def _recomputed(
     if kept is None:
         nothing = torch.empty(0, spec.down.in_features, dtype=spec.down.dtype, device=h.device)
         kept = spec.gate_up.adapters(normed), spec.down.adapters(nothing)
-    return products(spec, normed, kept[0]), rstd, kept
+    elif normed.shape[1] > spec.gate_up.in_features and kept[0].xa is not None:
+        normed[:, spec.gate_up.in_features :].copy_(kept[0].xa)
+    return spec.gate_up.products(normed, kept[0]), rstd, kept
+
+
+def _has_gradient_room(group: Group, device: torch.device) -> bool:
+    return group.gradient_room(0, device).shape[1] > group.out_features

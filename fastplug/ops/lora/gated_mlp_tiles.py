@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized, products
+from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized
 from fastplug.ops.lora.group import Grads, Kept
 from fastplug.ops.recompute import tensors_left
 
@@ -35,10 +35,9 @@ def forward_in_tiles(
     saved: list[torch.Tensor | None] = []
     for rows in tiles:
         normed = normalized(spec, h[rows], weight)[0]
-        kept = spec.gate_up.adapters(normed)
-        gate_up = products(spec, normed, kept)
+        gate_up, kept = spec.gate_up.forward(normed)
         del normed
-        hidden = activated(spec, gate_up, kept)
+        hidden = activated(spec, gate_up)
         del gate_up
         down_kept = spec.down.adapters(hidden)
         if joined and h.dtype == dtype:

@@ -1,0 +1,156 @@
+"""Adapters folded into the base product give what separate products give, outputs and every gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from fastplug.ops.lora import group as group_module
+from fastplug.ops.lora.attention_input import Norm
+from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
+from fastplug.ops.lora.group import Group, Projection
+from fastplug.ops.lora.linear import lora_linear
+from fastplug.ops.table import table_for
+from fastplug.quant.bnb4 import BitsAndBytes4
+from fastplug.quant.plain import Plain
+from tests.accuracy import assert_as_accurate
+
+HIDDEN, INNER, TOKENS, RANK = 64, 128, 24, 8
+
+
+def projection(
+    out_features: int, in_features: int, device: torch.device, seed: int, dropout: float = 0.0
+) -> Projection:
+    torch.manual_seed(seed)
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    linear = bnb.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4")
+    linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    linear.to(device)
+    a = torch.nn.Parameter((torch.randn(RANK, in_features) / in_features**0.5).to(device))
+    b = torch.nn.Parameter((torch.randn(out_features, RANK) / RANK**0.5).to(device))
+    read = functools.partial(BitsAndBytes4().read, linear)
+    return Projection(read, (out_features, in_features), a=a, b=b, scaling=0.5 + 0.25 * seed, dropout=dropout)
+
+
+def dense_projection(out_features: int, in_features: int, device: torch.device, seed: int) -> Projection:
+    p = projection(out_features, in_features, device, seed)
+    linear = torch.nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16)
+    p.read = functools.partial(Plain().read, linear)
+    return p
+
+
+def dense(p: Projection, dtype: torch.dtype) -> torch.Tensor:
+    weight = p.read()
+    out = torch.empty(p.shape, dtype=torch.bfloat16, device=weight.tensors[0].device)
+    weight.decode(out, table_for(out.device))
+    return out.to(dtype)
+
+
+def linear_reference(p: Projection, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return x @ dense(p, x.dtype).t() + (x @ a.t()) @ b.t() * p.scaling
+
+
+def assert_accurate(fused, reference, inputs) -> None:
+    """Output and gradients of ``fused`` in bf16 against ``reference`` in bf16 and in fp64."""
+
+    def run(function, dtype):
+        leaves = [t.to(torch.bfloat16).to(dtype).requires_grad_() for t in inputs]
+        out = function(*leaves)
+        torch.manual_seed(5)
+        g = torch.randn(out.shape).to(out.device).to(torch.bfloat16)
+        return [out.detach(), *torch.autograd.grad(out, leaves, g.to(dtype))]
+
+    assert_as_accurate(run(fused, torch.bfloat16), run(reference, torch.bfloat16), run(reference, torch.float64))
+
+
+def mlp_reference(projections, x, residual, weight, *adapters):
+    h = x + residual
+    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * weight
+    gate, up, down = (functools.partial(linear_reference, p) for p in projections)
+    a = iter(adapters)
+    inner = torch.nn.functional.silu(gate(normed, next(a), next(a))) * up(normed, next(a), next(a))
+    return h + down(inner, next(a), next(a))
+
+
+@pytest.fixture(params=[True, False], ids=["folded", "separate"])
+def folded(request, monkeypatch):
+    monkeypatch.setattr(group_module, "folding", lambda device: request.param)
+    return request.param
+
+
+def test_room_is_for_the_adapters_only_where_they_are_folded(device, folded):
+    group = Group([projection(INNER, HIDDEN, device, 1), projection(INNER, HIDDEN, device, 2)], torch.bfloat16,
+                  table_for(device))  # fmt: skip
+    width = group_module.WIDTH if folded else 0
+    assert group.room(TOKENS, device).shape == (TOKENS, HIDDEN + width)
+    assert group.gradient_room(TOKENS, device).shape == (TOKENS, 2 * INNER + width)
+
+
+def test_where_there_is_no_room(device, monkeypatch):
+    monkeypatch.setattr(group_module, "folding", lambda device: True)
+    ops = table_for(device)
+
+    def widths(p: Projection, dtype: torch.dtype, tokens: int = TOKENS) -> tuple[int, int]:
+        group = Group([p], dtype, ops)
+        return group.room(tokens, device).shape[1] - HIDDEN, group.gradient_room(tokens, device).shape[1] - INNER
+
+    assert widths(projection(INNER, HIDDEN, device, 1), torch.float32) == (0, 0)
+    assert widths(projection(INNER, HIDDEN, device, 1), torch.bfloat16) == (64, 64)
+    # x may be dropped for A alone, but the adapter's part of dx is dropped too
+    assert widths(projection(INNER, HIDDEN, device, 1, dropout=0.5), torch.bfloat16) == (64, 0)
+    without = projection(INNER, HIDDEN, device, 1)
+    without.a = without.b = None
+    assert widths(without, torch.bfloat16) == (0, 0)
+    wide = projection(INNER, HIDDEN, device, 1)
+    wide.a, wide.b = wide.a.repeat(9, 1), wide.b.repeat(1, 9)
+    assert widths(wide, torch.bfloat16) == (128, 128)
+    stored = dense_projection(INNER, HIDDEN, device, 1)
+    assert widths(stored, torch.bfloat16, 2 * HIDDEN - 1) == (0, 0)  # a copy of the weight would not pay
+    assert widths(stored, torch.bfloat16, 2 * HIDDEN) == (64, 0)
+    assert widths(stored, torch.bfloat16, 2 * INNER) == (64, 64)
+
+
+@pytest.mark.parametrize("make", [projection, dense_projection])
+@pytest.mark.parametrize("shape", [(INNER, HIDDEN), (HIDDEN, INNER)], ids=["wide", "narrow"])
+def test_one_projection(device, folded, shape, make):
+    p = make(*shape, device, 2)
+    ops = table_for(device)
+
+    def fused(x, a, b):
+        p.a, p.b = a, b
+        return lora_linear(Group([p], x.dtype, ops), x)
+
+    x = torch.randn(2 * INNER, shape[1], device=device)
+    assert_accurate(fused, functools.partial(linear_reference, p), (x, p.a.detach(), p.b.detach()))
+
+
+@pytest.mark.parametrize("make", [projection, dense_projection])
+def test_a_gated_mlp(device, folded, make):
+    ops = table_for(device)
+    projections = [make(*shape, device, i) for i, shape in enumerate([(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)])]
+
+    def fused(x, residual, weight, *adapters):
+        for p, a, b in zip(projections, adapters[::2], adapters[1::2], strict=True):
+            p.a, p.b = a, b
+        spec = GatedMLP(Group(projections[:2], x.dtype, ops), Group(projections[2:], x.dtype, ops), "silu", Norm(1e-6))
+        return gated_mlp(spec, x, residual, weight)
+
+    inputs = [torch.randn(2 * INNER, HIDDEN, device=device) for _ in range(2)] + [
+        torch.rand(HIDDEN, device=device) + 0.5
+    ]
+    inputs += [t.detach() for p in projections for t in (p.a, p.b)]
+    assert_accurate(fused, functools.partial(mlp_reference, projections), inputs)
+
+
+def test_what_is_kept_for_the_backward_holds_no_buffer(device, monkeypatch):
+    monkeypatch.setattr(group_module, "folding", lambda device: True)
+    where = device
+    group = Group([projection(INNER, HIDDEN, device, 1)], torch.bfloat16, table_for(where))
+    room = group.room(TOKENS, where)
+    room[:, :HIDDEN].normal_()
+    _, kept = group.forward(room)
+    assert kept.xa is not None
+    assert kept.xa.untyped_storage().nbytes() == TOKENS * RANK * 2
