@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from fastplug.errors import DataError, FastPlugError, MissingExtra, ModelError, OptionError, StrictError
     from fastplug.exporting import export
     from fastplug.manager import hookimpl
+    from fastplug.memory.forecast import Forecast
+    from fastplug.memory.plan import Plan
     from fastplug.options import Options
     from fastplug.patching.engine import Applied, apply, report, undo
     from fastplug.patching.report import Report
+    from fastplug.planning import plan
     from fastplug.verifying import VerifyResult, verify
 
 __version__ = "0.1.0"
@@ -29,6 +32,9 @@ _HOME = {
     "verify": "fastplug.verifying",
     "VerifyResult": "fastplug.verifying",
     "export": "fastplug.exporting",
+    "plan": "fastplug.planning",
+    "Forecast": "fastplug.memory.forecast",
+    "Plan": "fastplug.memory.plan",
     "Options": "fastplug.options",
     "hookimpl": "fastplug.manager",
     "DataError": "fastplug.errors",
@@ -43,16 +49,19 @@ __all__ = [
     "Applied",
     "DataError",
     "FastPlugError",
+    "Forecast",
     "MissingExtra",
     "ModelError",
     "OptionError",
     "Options",
+    "Plan",
     "Report",
     "StrictError",
     "VerifyResult",
     "apply",
     "export",
     "hookimpl",
+    "plan",
     "report",
     "undo",
     "verify",

@@ -127,6 +127,91 @@ def export(
     run(model, out, adapter, format, option or [], overwrite, base=base, quant=quant, verify=not no_verify)
 
 
+@app.command()
+@command
+def plan(
+    model: Model,
+    gpu: Annotated[
+        str, typer.Option(metavar="SIZE|NAME", help="Its memory (24GiB), its name (H100), or both: 'RTX 4090: 20GiB'.")
+    ] = "80GiB",
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a micro-batch.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Of LoRA on all linear layers; 0 trains all weights.")] = 16,
+    adapter: Adapter = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="nf4, fp4 (-single: without double quantization), int8, fp8, int4. Default: as it is stored."
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    optimizer: Annotated[
+        str,
+        typer.Option(help="adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, lion_8bit, sgd, adafactor, none."),
+    ] = "adamw",
+    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches of an optimizer step.")] = 1,
+    policy: Annotated[
+        list[str] | None, typer.Option(metavar="POLICY", help="What layers may keep. Repeatable. Default: everything.")
+    ] = None,
+    residual_dtype: Annotated[
+        str | None, typer.Option(help="Of the residual stream; default: as the model is.")
+    ] = None,
+    autocast: Annotated[bool, typer.Option("--autocast", help="16-bit products over a model in float32.")] = False,
+    prepared: Annotated[
+        bool, typer.Option("--prepared", help="Embedding, norms and head in float32, as PEFT prepares 4-bit models.")
+    ] = False,
+    headroom: Annotated[str | None, typer.Option(help="What to leave to others: 2GiB, or 0.1 of the memory.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="What offloading may take of the host's memory: 64GiB.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa, flash_attention_2, eager. Default: the config's.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the table as stacked bars.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Foretell memory and time of training MODEL under every policy, and plan the fastest that fits. Loads no weights.
+
+    Also prints the longest context and the largest batch that fit.
+    """
+    from fastplug.cli.planning import run
+
+    given = {
+        "gpu": gpu,
+        "sequence": seq,
+        "batch": batch,
+        "rank": rank,
+        "adapter": adapter,
+        "quant": quant,
+        "dtype": dtype,
+        "optimizer": optimizer,
+        "accumulation": accumulation,
+        "policies": tuple(policy or ()),
+        "residual_dtype": residual_dtype,
+        "autocast": autocast,
+        "prepared": prepared,
+        "headroom": headroom,
+        "host_memory": host_memory,
+        "attention": attention,
+    }
+    run(model, picture, json, given)
+
+
+@app.command()
+@command
+def expand(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    every: Annotated[int | None, typer.Option(metavar="N", help="Copy every N-th block behind itself.")] = None,
+    count: Annotated[int | None, typer.Option(metavar="N", help="Or: insert N copies, evenly.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+) -> None:
+    """Write MODEL with inserted blocks that add nothing yet, to be trained alone (LLaMA-Pro). Loads no model."""
+    from fastplug.cli.expanding import run
+
+    run(model, out, every, count, overwrite)
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fastplug.graphs.replay import FLOPS
 from fastplug.memory.policy import Policy
 from fastplug.memory.saved import STAGED, Rank, Widths, tensors
 from fastplug.memory.shapes import LayerShape, Linears, ModelShape
 from fastplug.ops.logprobs.chunked import GPU_BYTES, chunks
-
-FOLDED = 8  # ranks that are multiples of this are folded into the product of a decoded base (ops/lora/group.py)
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Step:
         windowed_mask: Whether attention gets a mask in layers with a window: ``sdpa`` does, once it is exceeded.
         eager: Whether attention keeps its scores.
         tile_rows: Tokens that go through a gated MLP at once where gate and up are not kept, or None.
+        graphs: Whether layers are replayed as CUDA graphs where their step is short.
     """
 
     batch: int
@@ -37,17 +37,26 @@ class Step:
     windowed_mask: bool = True
     eager: bool = False
     tile_rows: int | None = None
+    graphs: bool = False
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
 
     @classmethod
-    def of(cls, shape: ModelShape, batch: int, length: int, tile_rows: int | None = None) -> Step:
+    def of(cls, shape: ModelShape, batch: int, length: int, tile_rows: int | None = None, graphs: bool = False) -> Step:
         """The step of a model at a batch and length."""
         eager = shape.attention == "eager"
         windowed = shape.attention in ("sdpa", "eager")
-        return cls(batch, length, shape.compute_itemsize, shape.stream_itemsize, windowed, eager, tile_rows)
+        graphs = graphs and shape.attention == "sdpa"
+        return cls(batch, length, shape.compute_itemsize, shape.stream_itemsize, windowed, eager, tile_rows, graphs)
+
+    def replayed(self, layer: LayerShape, policy: Policy) -> bool:
+        """Whether the layer is one that graphs/replay.py records."""
+        weights = sum(linear.weights for linear in layer.linears)
+        short = 4 * self.tokens * weights <= FLOPS
+        plain = policy is not Policy.DROP_GATE_UP and self.tile == self.tokens and not policy.offloads
+        return self.graphs and layer.fused and layer.active == 1.0 and short and plain
 
     def masked(self, layer: LayerShape) -> bool:
         """Whether attention of this layer runs under a mask."""
@@ -95,16 +104,29 @@ def _by_row(layer: LayerShape, step: Step, policy: Policy) -> dict[str, int]:
         found["cos and sin"] = 2 * step.length * layer.head_dim * e
     if layer.head_norm == "apart":
         found["q, k turned"] = T * (layer.queries + layer.keys) * c
-    if step.masked(layer):
-        found["mask of the window"] = step.batch * step.length**2 * c
+        found["1/rms"] += 2 * statistics * T
+    if layer.dropouts:
+        found["dropout masks of the stream"] = layer.dropouts * T * H
     if step.eager:
-        found["scores"] = step.batch * layer.heads * step.length**2 * (c + 4)
+        found.update({"q, k, v": 0, "logsumexp": 0, "q, k turned": 0, "q, k before their norm": 0})
+        found["repeated k, v"] = 3 * T * layer.queries * c  # q too is laid out by head for a batched product
+        found["scores"] = step.batch * layer.heads * step.length**2 * _score_bytes(layer, c)
+    elif step.masked(layer):
+        found["mask of the window"] = step.batch * step.length**2 * c
+        if layer.head_norm and layer.heads != layer.kv_heads:  # the k that was turned is repeated and not kept itself
+            name = "q, k turned" if layer.head_norm == "apart" else "q, k before their norm"
+            found[name] = T * layer.queries * c
     if not layer.gated:
         inner = sum(linear.out_features for linear in layer.gate_up)
         found["gate, up"] = 2 * T * inner * c  # before and after the activation
         if not layer.gate_up:
             found["experts"] = _experts(layer, step)
     return found
+
+
+def _score_bytes(layer: LayerShape, c: int) -> int:
+    """A score as the host's own attention keeps it: the softmax in fp32, cast, and what the soft cap needs."""
+    return 4 + (c if c != 4 else 0) + (c if layer.softcap else 0)
 
 
 def _experts(layer: LayerShape, step: Step) -> int:
@@ -135,13 +157,15 @@ def _kept_by_host(layer: LayerShape, step: Step) -> dict[str, int]:
         "inputs of projections": sum(
             T * linear.in_features * (linear.adapter_itemsize if linear.rank and c != 2 else c)
             for linear in {(x.in_features, x.out_features): x for x in (*adapted, *trained)}.values()
+            if linear.in_features == H  # the others read what attention or the activation keeps
         ),
         "x Aᵀ": sum(T * linear.rank * c for linear in adapted),
     }
-    inner = max((linear.out_features for linear in layer.others if linear.in_features == H), default=4 * H)
-    found["activation"] = 4 * T * inner * c
+    out = [linear.in_features for linear in layer.others if linear.out_features == H]
+    inner = max(out, default=4 * H)
+    found["activation"] = layer.activation * T * inner * c
     if step.eager:
-        found["scores"] = step.batch * layer.heads * step.length**2 * (c + 4)
+        found["scores"] = step.batch * layer.heads * step.length**2 * _score_bytes(layer, c)
     return found
 
 
@@ -219,6 +243,9 @@ def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
         own = sum(kept(layer, step, Policy.RESIDUAL).values())
         forward = max(_attention_forward(layer, step), own + _mlp_forward(layer, step, policy))
     forward = max(forward, held + row)
+    if step.replayed(layer, policy):  # a recording has its own output, gradients and, where it keeps, buffers
+        more = layer.gradient_bytes + (0 if policy.checkpoints else 3 * row)
+        return Peaks(held + more, 0, forward + more, backward + more, 4 * row if policy.checkpoints else 0)
     if policy.offloads:
         return Peaks(0, held, forward, backward, (STAGED - 1) * held)
     return Peaks(held, 0, forward, backward, 0)
@@ -228,7 +255,7 @@ def _attention_forward(layer: LayerShape, step: Step) -> int:
     """From the layer's input to the output of attention's last projection."""
     T, c = step.tokens, step.compute
     x, wide = T * layer.hidden * step.stream, T * (layer.queries + 2 * layer.keys) * c
-    entering = T * (layer.hidden + _extra(layer.qkv, step)) * c
+    entering = T * layer.hidden * c
     mixed, out = T * layer.queries * c, T * layer.hidden * c
     turned = T * (layer.queries + layer.keys) * c if layer.head_norm else 0
     repeated = 2 * mixed if step.masked(layer) and layer.heads != layer.kv_heads else 0
@@ -250,8 +277,7 @@ def _mlp_forward(layer: LayerShape, step: Step, policy: Policy) -> int:
     if not layer.down:
         return base + row + _experts(layer, step) * 2
     width = sum(linear.out_features for linear in layer.gate_up)
-    entering = t * (layer.hidden + _extra(layer.gate_up, step)) * c
-    hidden = t * (layer.intermediate + _extra(layer.down, step)) * c
+    entering, hidden = t * layer.hidden * c, t * layer.intermediate * c
     tiled = row if t < T else 0  # the output is there from the first tile on
     return (
         base
@@ -273,23 +299,19 @@ def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     H, inner = layer.hidden, layer.intermediate
     width = sum(linear.out_features for linear in layer.gate_up)
     cast = t * H * c if step.stream != c else 0
-    room = t * (H + _extra(layer.down, step)) * c if _extra(layer.down, step) and inner > H else 0
-    d_hidden = t * inner * c
-    d_wide = t * (width + _extra(layer.gate_up, step)) * c
-    d_normed, wide = t * H * c, t * width * c
-    again = wide if policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and t < T) else 0
-    overwritten = again and not _extra(layer.gate_up, step)
+    d_hidden, d_normed, wide = t * inner * c, t * H * c, t * width * c
+    again = policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and t < T)
     down, gate_up = _buffer(layer.down, step), _buffer(layer.gate_up, step)
     weights = _trained(layer.down) + _trained(layer.gate_up)
     moments = [
-        again + cast + room + down + d_hidden,
-        cast + d_hidden + d_wide + (0 if overwritten else again),
-        cast + d_wide + gate_up + d_normed,
-        cast + d_wide + 2 * d_normed + weights,
+        cast + down + d_hidden + (wide if again else 0),
+        cast + d_hidden + wide,  # gate and up that were computed again are overwritten by their gradients
+        cast + wide + gate_up + d_normed,
+        cast + wide + 2 * d_normed + weights,
         cast + 2 * d_normed + row,
     ]
     if again:
-        moments.append(t * (H + _extra(layer.gate_up, step)) * c + gate_up + again)
+        moments.append(cast + d_normed + gate_up + wide)
     return max(moments) + (row if t < T else 0)
 
 
@@ -310,20 +332,10 @@ def _attention_backward(layer: LayerShape, step: Step) -> int:
     )
 
 
-def _extra(linears: Linears, step: Step) -> int:
-    """Columns that the adapters take beside x (ops/lora/group.py)."""
-    rank = sum(linear.rank for linear in linears)
-    decoded = any(linear.decoded for linear in linears)
-    return rank if decoded and rank % FOLDED == 0 and step.compute == 2 else 0
-
-
 def _buffer(linears: Linears, step: Step) -> int:
     """Bytes of decoded or cast weights that a product of these needs at once."""
-    rank = _extra(linears, step)
     if any(linear.decoded for linear in linears):
-        rows = sum(linear.out_features for linear in linears)
-        columns = max(linear.in_features for linear in linears)
-        return (rows * columns + rank * max(rows, columns)) * step.compute
+        return sum(linear.weights for linear in linears) * step.compute
     return sum(linear.weights * step.compute for linear in linears if linear.itemsize != step.compute)
 
 

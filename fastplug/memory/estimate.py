@@ -46,10 +46,15 @@ class Estimate:
 
 
 def layer_costs(
-    shape: ModelShape, batch: int, length: int, gpu: GPU = GPUS[0], tile_rows: int | None = None
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    gpu: GPU = GPUS[0],
+    tile_rows: int | None = None,
+    graphs: bool = True,
 ) -> tuple[LayerCosts, ...]:
     """The costs of every layer under every policy that it can have, reasoned from shapes."""
-    step = Step.of(shape, batch, length, tile_rows)
+    step = Step.of(shape, batch, length, tile_rows, graphs)
     known: dict[LayerShape, LayerCosts] = {}
     for layer in shape.layers:
         if layer not in known:
@@ -80,8 +85,11 @@ def estimate(
     gpu: GPU = GPUS[0],
     optimizer: str = "adamw",
     tile_rows: int | None = None,
+    graphs: bool = True,
 ) -> Estimate:
     """The costs of one micro-batch of ``batch`` x ``length`` tokens.
+
+    ``graphs`` says whether short steps are replayed as CUDA graphs, as the option of that name has it.
 
     Raises:
         OptionError: There is no token.
@@ -89,8 +97,8 @@ def estimate(
     if batch < 1 or length < 1:
         raise OptionError(f"fastplug: a batch of {batch} x {length} has no token")
     fixed = {**fixed_bytes(shape, optimizer), "step": step_bytes(shape, batch, length)}
-    step = Step.of(shape, batch, length, tile_rows)
-    layers = layer_costs(shape, batch, length, gpu, tile_rows)
+    step = Step.of(shape, batch, length, tile_rows, graphs)
+    layers = layer_costs(shape, batch, length, gpu, tile_rows, graphs)
     return Estimate(layers, fixed, head_peak(shape, batch, length), other_ms(shape, step, gpu), step)
 
 

@@ -33,6 +33,7 @@ class Plan:
         host_bytes: Pinned host memory.
         moment: When the peak is.
         tile_rows: Tokens that go through an MLP at once in layers that do not keep gate and up, or None for all.
+        logits: Bytes of head and loss at their own moment, whether or not that is the highest.
         model, gpu: For the reader.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     host_bytes: int = 0
     moment: str = ""
     tile_rows: int | None = None
+    logits: int = 0
     model: str = ""
     gpu: str = ""
 
@@ -98,6 +100,7 @@ class Plan:
             "host_bytes": self.host_bytes,
             "moment": self.moment,
             "tile_rows": self.tile_rows,
+            "logits": self.logits,
         }
 
     @classmethod

@@ -76,6 +76,9 @@ class LayerShape:
         parallel: Whether attention and MLP read the same residual stream.
         table_copies: Whether each layer makes copies of cos and sin.
         window: Positions that attention reaches back, or None.
+        softcap: Whether attention's scores have a soft cap.
+        dropouts: How many dropouts of the residual stream's width drop something.
+        activation: Tensors of the MLP's inner width that a layer keeps which the host runs.
         active: Share of the weights in ``others`` that one token goes through.
         extra_weights: Bytes of everything else in the layer: norms, sinks.
         extra_trained: Bytes of these that get a gradient.
@@ -101,6 +104,9 @@ class LayerShape:
     parallel: bool = False
     table_copies: bool = False
     window: int | None = None
+    softcap: bool = False
+    dropouts: int = 0
+    activation: int = 4
     active: float = 1.0
     extra_weights: int = 0
     extra_trained: int = 0
@@ -193,8 +199,11 @@ class ModelShape:
         sites: Sequence[tuple[Site, bool]],
         *,
         quant: str | None = None,
+        rank: int | None = None,
         residual_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
+        attention: str | None = None,
+        name: str = "",
     ) -> ModelShape:
         """Read a model, whose parameters may be on the meta device.
 
@@ -202,8 +211,12 @@ class ModelShape:
             model: The model, or a PEFT model around it.
             sites: Its decoder layers, and whether fastplug runs each as a whole: see :func:`decoder_layers`.
             quant: Count the linear layers, but the head, as stored in this format of ``formats.py``.
+            rank: Count LoRA adapters of this rank on all linear layers but the head, in float32 as PEFT has them, over
+                a model that is frozen otherwise; 0: none, so that the whole model is trained; None: as the model is.
             residual_dtype: Of the residual stream; None: that of the embedding.
             compute_dtype: Of the products; None: autocast's where it is on, else that of the weights.
+            attention: The implementation of attention; None: the one that the config names.
+            name: What to call it; empty: what the config does.
 
         Raises:
             ModelError: It has no decoder layers.
@@ -218,7 +231,7 @@ class ModelShape:
         dtype = compute_dtype or _compute_dtype(sites[0][0].module)
         # Under autocast the products are in 16 bits, whatever the weights are in.
         compute = dtype.itemsize
-        read = _Reader(quant, compute)
+        read = _Reader(quant, rank, compute)
         layers = tuple(read.layer(site, fused, config) for site, fused in sites)
         inside = {id(p) for site, _ in sites for p in site.module.parameters()}
         outside = [(name, p) for name, p in base.named_parameters() if id(p) not in inside]
@@ -235,15 +248,15 @@ class ModelShape:
             hidden=config.hidden_size,
             vocabulary=weight.shape[0],
             head_itemsize=weight.element_size(),
-            head_trained=_parameter_bytes(weight) if weight.requires_grad else 0,
+            head_trained=_parameter_bytes(weight) if weight.requires_grad and not rank else 0,
             tied=weight is embedding,
             other_bytes=other - sum(_parameter_bytes(p) for name, p in outside if "lora_" in name),
-            other_trained=sum(_parameter_bytes(p) for _, p in outside if p.requires_grad),
-            trained=_trained(base),
+            other_trained=0 if rank else sum(_parameter_bytes(p) for _, p in outside if p.requires_grad),
+            trained=_trained(base) if not rank else ((sum(layer.adapter_bytes for layer in layers) // 4, 4),),
             stream_itemsize=stream.itemsize,
             compute_itemsize=compute,
-            attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
-            name=str(getattr(config, "_name_or_path", "") or type(base).__name__),
+            attention=attention or str(getattr(config, "_attn_implementation", None) or "sdpa"),
+            name=name or str(getattr(config, "_name_or_path", "") or type(base).__name__),
         )
 
 
@@ -287,14 +300,14 @@ def _stack(model: nn.Module) -> Iterator[Site]:
 
 
 class _Reader:
-    """Reads layers; linear layers are counted as stored in ``quant``, if that is given."""
+    """Reads layers; linear layers are counted as stored in ``quant`` and with adapters of ``rank``, where given."""
 
-    def __init__(self, quant: str | None, compute: int) -> None:
-        self.quant, self.compute = quant, compute
+    def __init__(self, quant: str | None, rank: int | None, compute: int) -> None:
+        self.quant, self.rank, self.compute = quant, rank, compute
 
     def layer(self, site: Site, fused: bool, config: Any) -> LayerShape:
         layer, family = site.module, site.family
-        linears = list(_linears(layer))
+        inner = list(linears(layer))
         groups: dict[str, Any] = {"qkv": (), "out": (), "gate_up": (), "down": ()}
         named: dict[str, Any] = {}
         gated = False
@@ -311,10 +324,10 @@ class _Reader:
                 taken |= {id(getattr(mlp, name)) for name in (*family.gate_up, family.down)}
         else:
             named, taken = _unnamed(config), set()
-        rest = [module for module in linears if id(module) not in taken]
+        rest = [module for module in inner if id(module) not in taken]
         experts, active = _experts(layer, config, self)
         others = tuple(self.linear(module) for module in rest) + experts
-        inside = {id(p) for module in linears for p in module.parameters()}
+        inside = {id(p) for module in inner for p in module.parameters()}
         inside |= {id(p) for p in layer.parameters() if p.dim() == 3}  # stacked experts
         extra = [p for p in layer.parameters() if id(p) not in inside]
         return LayerShape(
@@ -323,9 +336,11 @@ class _Reader:
             others=others,
             fused=fused,
             gated=gated,
+            dropouts=_dropouts(layer, family),
+            activation=_activation(layer),
             active=active,
             extra_weights=sum(_parameter_bytes(p) for p in extra),
-            extra_trained=sum(_parameter_bytes(p) for p in extra if p.requires_grad),
+            extra_trained=0 if self.rank else sum(_parameter_bytes(p) for p in extra if p.requires_grad),
         )
 
     def _attention(self, layer: nn.Module, family: Family, attention: Any, config: Any) -> tuple[dict[str, Any], Any]:
@@ -359,6 +374,7 @@ class _Reader:
             "parallel": parallel,
             "table_copies": family.rope.table != "half",
             "window": _window(family, attention),
+            "softcap": "softcap" in family.attention_arguments,
         }
         return named, {"qkv": qkv, "out": (out,), "gate_up": (), "down": ()}
 
@@ -376,7 +392,9 @@ class _Reader:
         else:
             decoded = not (dense and weight.is_floating_point() and weight.element_size() >= 2)
             size = stored_bytes(base)
-        rank, itemsize, drops = _adapter(inner)
+        rank, itemsize, drops = _adapter(inner) if self.rank is None else (self.rank, 4, False)
+        if self.rank:
+            trained = 0
         return LinearShape(
             out_features,
             in_features,
@@ -403,18 +421,18 @@ class _Reader:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is one matrix product, with an adapter or without, whatever its weight is stored in."""
     if hasattr(module, "base_layer"):
-        return hasattr(module, "lora_A")
+        return hasattr(module, "lora_A") and is_linear(module.base_layer)  # type: ignore[arg-type]
     name = own_class(type(module)).__name__
     return (isinstance(module, nn.Linear) or "Linear" in name or name == "Conv1D") and hasattr(module, "weight")
 
 
-def _linears(module: nn.Module) -> Iterator[nn.Module]:
+def linears(module: nn.Module) -> Iterator[nn.Module]:
     """The linear modules inside, an adapted one once, without its parts."""
     for child in module.children():
         if is_linear(child):
             yield child
         else:
-            yield from _linears(child)
+            yield from linears(child)
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
@@ -461,7 +479,15 @@ def _window(family: Family, attention: Any) -> int | None:
 
 
 def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(_of_config(config, "head_dim") or config.hidden_size // config.num_attention_heads)
+
+
+def _of_config(config: Any, name: str) -> Any:
+    """A value of the config, or None: some raise where layers differ."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
 
 
 def _unnamed(config: Any) -> dict[str, Any]:
@@ -469,12 +495,30 @@ def _unnamed(config: Any) -> dict[str, Any]:
     return {
         "hidden": config.hidden_size,
         "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "kv_heads": _of_config(config, "num_key_value_heads") or heads,
         "head_dim": _head_dim(config),
         "input_norm": "apart",
         "post_norm": "apart",
         "layer_norm": "layer_norm_epsilon" in config.to_dict(),
     }
+
+
+def _dropouts(layer: nn.Module, family: Family) -> int:
+    """Dropouts on the outputs of attention and MLP that drop something."""
+    parts = [getattr(layer, name, None) for name in family.dropouts if name is not None]
+    count = sum(isinstance(part, nn.Dropout) and part.p > 0 for part in parts)
+    if family.output_dropout is not None:
+        parts = [getattr(layer, name, None) for name in (family.attention_name, family.mlp_name)]
+        count += sum(float(getattr(part, family.output_dropout, 0) or 0) > 0 for part in parts)
+    return count
+
+
+def _activation(layer: nn.Module) -> int:
+    """What PyTorch keeps of an MLP's inner width: the input of the activation, that of the last projection, and what
+    lies between where the activation is a formula of several operations or multiplies a gate."""
+    names = {own_class(type(module)).__name__ for module in layer.modules()}
+    gated = any("gate" in name for name, module in layer.named_modules() if is_linear(module))
+    return 4 if gated or "NewGELUActivation" in names else 2
 
 
 def _experts(layer: nn.Module, config: Any, reader: _Reader) -> tuple[Linears, float]:

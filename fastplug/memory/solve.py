@@ -157,10 +157,12 @@ def assemble(
         ms=other_ms + sum(cost.ms for cost in chosen),
         host_bytes=sum(cost.host for cost in chosen),
         moment=peak.moment,
+        logits=head_peak,
     )
 
 
 OPTIMIZER = "the optimizer's step"
+HEAD = "head and loss"
 
 
 def peak_of(
@@ -178,7 +180,7 @@ def peak_of(
         peaks.append(Peak(before + cost.forward_peak + at_forward, before, f"the forward of layer {i}"))
         peaks.append(Peak(before + cost.backward_peak + later[i], before + cost.saved, f"the backward of layer {i}"))
         before += cost.saved
-    peaks.append(Peak(before + head_peak + at_forward, before, "head and loss"))
+    peaks.append(Peak(before + head_peak + at_forward, before, HEAD))
     return max(peaks, key=lambda peak: peak.bytes)
 
 
@@ -335,7 +337,8 @@ def _error(
     def gib(size: float) -> str:
         return f"{size / 2**30:.2f} GiB"
 
-    named = ", ".join(f"{name} {gib(size)}" for name, size in {**fixed, "CUDA context": context}.items() if size)
+    large = {name: size for name, size in {**fixed, "CUDA context": context}.items() if size >= 2**23}
+    named = ", ".join(f"{name} {gib(size)}" for name, size in large.items())
     if always > budget:
         why = f"what is there before the first step is {gib(always)} alone ({named})"
     else:

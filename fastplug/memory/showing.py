@@ -1,0 +1,146 @@
+"""Plans as tables of rich and as pictures of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fastplug.errors import MissingExtra
+from fastplug.memory.plan import Plan
+
+if TYPE_CHECKING:
+    from fastplug.memory.forecast import Forecast
+
+GiB = 2**30
+COLUMNS = {
+    "weights": ("weights",),
+    "adapters": ("adapters",),
+    "optimizer": ("optimizer",),
+    "gradients": ("gradients", "gradients outside the layers"),
+    "activations": ("activations",),
+    "workspace": ("workspace", "step", "fixed"),
+    "reserve, CUDA": ("slack", "context"),
+}
+"""Column -> the parts of a plan that it sums."""
+
+
+def columns_of(plan: Plan) -> dict[str, int]:
+    """The parts of a plan in bytes, in the columns of the tables; parts of other names count as workspace."""
+    known = {part for parts in COLUMNS.values() for part in parts}
+    found = {name: sum(plan.parts.get(part, 0) for part in parts) for name, parts in COLUMNS.items()}
+    found["workspace"] += sum(size for name, size in plan.parts.items() if name not in known)
+    return found
+
+
+def plan_table(plan: Plan) -> Table:
+    """One plan: its parts at the moment of the peak, and what each layer keeps."""
+    title = " ".join(
+        filter(None, (plan.model, f"{plan.batch} x {plan.sequence} tokens", plan.gpu and f"on {plan.gpu}"))
+    )
+    table = Table(title=escape(title), title_justify="left", title_style="bold", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, size in columns_of(plan).items():
+        if size:
+            table.add_row(name, _gib(size))
+    table.add_row("total", f"{_gib(plan.total)} of {_gib(plan.budget)}", style="bold" if plan.fits else "bold red")
+    table.add_row("highest in", plan.moment)
+    table.add_row("head and loss", _gib(plan.logits))
+    if plan.host_bytes:
+        table.add_row("host memory", _gib(plan.host_bytes))
+    table.add_row("time of a step", f"{plan.ms:,.0f} ms")
+    table.add_section()
+    for first, last, policy in plan.runs():
+        table.add_row(f"layers {first} to {last}" if last > first else f"layer {first}", policy.value)
+    if plan.tile_rows is not None and any(policy.value != "keep" for policy in plan.policies):
+        table.add_row("tokens in an MLP at once", f"{plan.tile_rows:,}")
+    return table
+
+
+def forecast_tables(forecast: Forecast) -> Group:
+    """Every policy and the plan, a line each, the layers of the plan, and how far the memory reaches."""
+    plan = forecast.plan
+    title = f"{plan.model}, {plan.batch} x {plan.sequence} tokens, {_gib(plan.budget)}; times as of one {plan.gpu}"
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table.add_column("layers keep", no_wrap=True)
+    used = [name for name in COLUMNS if any(columns_of(p)[name] for p in (*forecast.uniform.values(), plan))]
+    for name in (*used, "total GiB", "logits", "host", "ms", "tokens/s"):
+        table.add_column(name, justify="right")
+    for policy, uniform in forecast.uniform.items():
+        table.add_row(policy.value, *_cells(uniform, used), style=None if uniform.fits else "dim")
+    table.add_section()
+    table.add_row("the plan", *_cells(plan, used), style="bold")
+    runs = "; ".join(
+        f"{f'layers {first} to {last}' if last > first else f'layer {first}'}: {policy.value}"
+        for first, last, policy in plan.runs()
+    )
+    lines = [
+        f"the plan        {runs}",
+        f"highest in      {plan.moment}",
+        "logits          what head and loss take at their own moment: in the total where that is the highest",
+        f"longest context {forecast.longest_context:,} tokens at a batch of {plan.batch}",
+        f"largest batch   {forecast.largest_batch:,} sequences of {plan.sequence:,} tokens",
+    ]
+    if plan.tile_rows is not None and any(policy.value != "keep" for policy in plan.policies):
+        lines.insert(1, f"MLPs            {plan.tile_rows:,} tokens at once in layers that do not keep everything")
+    lines += [f"note: {note}" for note in forecast.notes]
+    dimmed = any(not uniform.fits for uniform in forecast.uniform.values())
+    if dimmed:
+        lines.append("!: more than the budget")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _cells(plan: Plan, used: list[str]) -> list[str]:
+    columns = columns_of(plan)
+    tokens = plan.batch * plan.sequence / plan.ms * 1e3 if plan.ms else 0.0
+    total = f"{plan.total / GiB:.2f}{'' if plan.fits else ' !'}"
+    host = f"{plan.host_bytes / GiB:.1f}" if plan.host_bytes else ""
+    logits = f"{plan.logits / GiB:.2f}"
+    return [*(f"{columns[name] / GiB:.2f}" for name in used), total, logits, host, f"{plan.ms:,.0f}", f"{tokens:,.0f}"]
+
+
+def draw(plans: Mapping[str, Plan], path: str | Path) -> Path:
+    """A horizontal stacked bar of each plan's parts, with the budget as a line; returns the file.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "demo", "a picture of a plan") from error
+    path, some = Path(path), next(iter(plans.values()))
+    figure: Any = Figure(figsize=(10, 1.6 + 0.5 * len(plans)), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever backend the user has chosen
+    axes = figure.add_subplot()
+    names = list(plans)
+    left = [0.0] * len(names)
+    for column in COLUMNS:
+        sizes = [columns_of(plan)[column] / GiB for plan in plans.values()]
+        if any(sizes):
+            axes.barh(names, sizes, left=left, label=column)
+        left = [a + b for a, b in zip(left, sizes)]
+    for y, plan in enumerate(plans.values()):
+        axes.text(left[y], y, f" {plan.total / GiB:.1f} GiB, {plan.ms:,.0f} ms", va="center", fontsize=8)
+    axes.axvline(some.budget / GiB, color="black", linestyle="--", linewidth=1, label="budget")
+    axes.set_xlim(0, max(*left, some.budget / GiB) * 1.2)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB at the highest moment of a step")
+    axes.set_title(f"{some.model}, {some.batch} x {some.sequence} tokens".strip(", "), fontsize=10)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _gib(size: int) -> str:
+    return f"{size / GiB:.2f} GiB"
+
+
+__all__ = ["columns_of", "draw", "forecast_tables", "plan_table"]
