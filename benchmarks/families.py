@@ -128,6 +128,7 @@ def run(model: Any, batches: list[torch.Tensor], side: Side, warmup: int, steps:
         return loss
 
     if side.gradients is None:
+        torch.manual_seed(0)  # some routers draw random numbers
         side.loss = float(step(batches[0]).detach())
         flat = [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten().cpu() for p in parameters]
         side.gradients = torch.cat(flat)

@@ -21,6 +21,7 @@ TOY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 64, "sliding_window": 8,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_num_experts": 4, "moe_k": 2, "n_shared_experts": 1,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "shared_intermediate_size": 64,
     "intermediate_size_mlp": 128, "n_embd": 64, "n_head": 4, "ffn_hidden_size": 128, "kv_lora_rank": 64,
     "q_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "out_hidden_size": 64,
@@ -110,6 +111,14 @@ SHAPES: dict[str, Shape] = {
         "StableLm", "2 12B", dims(5120, 13824, 32, 8, 100352, qk_layernorm=True, use_parallel_residual=True)
     ),
     "gpt_neox": causal("GPTNeoX", "Pythia 6.9B", dims(4096, 16384, 32, 32, 50432)),
+    "arcee": causal("Arcee", "AFM 4.5B", dims(2560, 18432, 20, 4, 128004, head_dim=128)),
+    "cwm": causal("Cwm", "32B", dims(6144, 21504, 48, 8, 128256, head_dim=128, sliding_window=1024), pattern=WINDOWS),
+    "ernie4_5": causal("Ernie4_5", "0.3B", dims(1024, 3072, 16, 2, 103424, head_dim=128)),
+    "helium": causal("Helium", "2B", dims(2560, 7040, 20, 20, 48000, head_dim=128)),
+    "apertus": causal("Apertus", "8B", dims(4096, 21504, 32, 8, 131072)),
+    "nemotron": causal(
+        "Nemotron", "Mini 4B", dims(3072, 9216, 24, 8, 256000, head_dim=128, partial_rotary_factor=0.5)
+    ),
     "qwen2_5_vl": seeing("Qwen2_5_VL", "7B", dims(3584, 18944, 28, 4, 152064, rope_parameters=MROPE)),
     "qwen3_vl": seeing("Qwen3VL", "8B", dims(4096, 12288, 32, 8, 151936, head_dim=128, rope_parameters=MROPE)),
     "llava": seeing("Llava", "1.5 7B", dims(4096, 11008, 32, 32, 32064, model_type="llama"), image_seq_length=4),
@@ -169,6 +178,45 @@ SHAPES: dict[str, Shape] = {
         ),
         pattern=WINDOWS,
         attention="eager",  # sdpa has no sinks
+    ),
+    "glm4_moe": causal(
+        "Glm4Moe",
+        "4.5 Air",
+        dims(
+            4096, 10944, 96, 8, 151552, head_dim=128, use_qk_norm=True, n_routed_experts=128, n_shared_experts=1,
+            num_experts_per_tok=8, moe_intermediate_size=1408, n_group=1, topk_group=1, first_k_dense_replace=1,
+        ),
+    ),
+    "granitemoe": causal(
+        "GraniteMoe",
+        "1B-A400M",
+        dims(
+            1024, 512, 16, 8, 49155, num_local_experts=32, num_experts_per_tok=8,
+            embedding_multiplier=12.0, attention_multiplier=0.015625, residual_multiplier=0.22, logits_scaling=6.0,
+        ),
+    ),
+    "ernie4_5_moe": causal(
+        "Ernie4_5_Moe",
+        "21B-A3B",
+        dims(
+            2560, 12288, 20, 4, 103424, moe_num_experts=64, moe_k=6, moe_intermediate_size=1536,
+            moe_layer_start_index=1, moe_layer_end_index=-1,
+        ),
+    ),
+    "phimoe": causal("Phimoe", "3.5", dims(4096, 6400, 32, 8, 32064, num_local_experts=16, num_experts_per_tok=2)),
+    "dots1": causal(
+        "Dots1",
+        "142B-A14B",
+        dims(
+            4096, 10944, 32, 32, 152064, head_dim=128, n_routed_experts=128, n_shared_experts=2, num_experts_per_tok=6,
+            moe_intermediate_size=1408, n_group=1, topk_group=1, first_k_dense_replace=1,
+        ),
+        pattern={"layer_types": ("full_attention",)},
+    ),
+    "minimax_m2": causal(
+        "MiniMaxM2",
+        "230B-A10B",
+        dims(3072, 1536, 48, 8, 200064, head_dim=128, num_local_experts=256, num_experts_per_tok=8),
     ),
     "llama4": Shape(
         "Scout 17B-16E",

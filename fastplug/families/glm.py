@@ -1,9 +1,10 @@
 """GLM-4: neighbouring channels rotated, on half of each head; gate and up in one projection; four norms a layer.
 
-GLM (the 9B of 2024) is the same without the norms on the outputs.
+GLM (the 9B of 2024) is the same without the norms on the outputs. GLM-4.5 (glm4_moe) is a mixture of another kind:
+halves rotated, norms on q and k where the config asks for them.
 """
 
-from fastplug.families.row import Family, RopeRow
+from fastplug.families.row import Family, QKNormRow, RopeRow
 
 GLM = Family(
     "glm",
@@ -25,4 +26,12 @@ GLM4 = Family(
     attention_post_norm="post_self_attn_layernorm",
     mlp_post_norm="post_mlp_layernorm",
 )
-FAMILIES = (GLM, GLM4)
+GLM4_MOE = Family(
+    "glm4_moe",
+    "transformers.models.glm4_moe.modeling_glm4_moe",
+    "Glm4Moe",
+    qk_norm=QKNormRow(),
+    mixture=True,
+    trace_loss=True,
+)
+FAMILIES = (GLM, GLM4, GLM4_MOE)

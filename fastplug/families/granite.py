@@ -9,4 +9,15 @@ GRANITE = Family(
     residual_multiplier="residual_multiplier",
     logit_scale=lambda config: 1.0 / config.logits_scaling,
 )
-FAMILIES = (GRANITE,)
+GRANITE_MOE = Family(
+    "granitemoe",
+    "transformers.models.granitemoe.modeling_granitemoe",
+    "GraniteMoe",
+    class_names={"mlp": None},
+    residual_multiplier="residual_multiplier",
+    mlp_name="block_sparse_moe",
+    logit_scale=lambda config: 1.0 / config.logits_scaling,
+    mixture=True,
+    trace_loss=True,
+)
+FAMILIES = (GRANITE, GRANITE_MOE)

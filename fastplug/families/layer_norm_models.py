@@ -1,4 +1,4 @@
-"""Families with PyTorch's LayerNorm: StarCoder2, StableLM, GPT-NeoX (Pythia)."""
+"""Families with PyTorch's LayerNorm: StarCoder2, StableLM, GPT-NeoX (Pythia), Nemotron (its weights count from one)."""
 
 from fastplug.families.mistral import config_window
 from fastplug.families.row import Family, NormRow, QKNormRow
@@ -46,4 +46,12 @@ GPT_NEOX = Family(
     down="dense_4h_to_h",
     activation="act",
 )
-FAMILIES = (STARCODER2, STABLELM, GPT_NEOX)
+NEMOTRON = Family(
+    "nemotron",
+    "transformers.models.nemotron.modeling_nemotron",
+    "Nemotron",
+    class_names={"norm": None},
+    norm=NORM,
+    gate=None,
+)
+FAMILIES = (STARCODER2, STABLELM, GPT_NEOX, NEMOTRON)

@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window that the config holds for all layers. Ministral: a window by layer."""
+"""Mistral: Llama with a sliding window that the config holds for all layers. Ministral, CWM: a window by layer."""
 
 from torch import nn
 
@@ -21,6 +21,12 @@ MINISTRAL = Family(
     "Ministral",
     attention_arguments={"sliding_window": "sliding_window"},
 )
+CWM = Family(
+    "cwm",
+    "transformers.models.cwm.modeling_cwm",
+    "Cwm",
+    attention_arguments={"sliding_window": "sliding_window"},
+)
 MIXTRAL = Family(
     "mixtral",
     "transformers.models.mixtral.modeling_mixtral",
@@ -31,4 +37,4 @@ MIXTRAL = Family(
     mixture=True,
     trace_loss=True,
 )
-FAMILIES = (MISTRAL, MINISTRAL, MIXTRAL)
+FAMILIES = (MISTRAL, MINISTRAL, CWM, MIXTRAL)

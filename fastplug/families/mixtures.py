@@ -40,4 +40,22 @@ OLMOE = Family(
     mixture=True,
     trace_loss=True,
 )
-FAMILIES = (QWEN2_MOE, QWEN3_MOE, GPT_OSS, OLMOE)
+DOTS1 = Family(
+    "dots1",
+    "transformers.models.dots1.modeling_dots1",
+    "Dots1",
+    attention_arguments={"sliding_window": "sliding_window"},
+    qk_norm=QKNormRow(),
+    mixture=True,
+    trace_loss=True,
+)
+MINIMAX_M2 = Family(
+    "minimax_m2",
+    "transformers.models.minimax_m2.modeling_minimax_m2",
+    "MiniMaxM2",
+    class_names={"mlp": None},
+    qk_norm=QKNormRow(shape="flat"),
+    mixture=True,
+    trace_loss=True,
+)
+FAMILIES = (QWEN2_MOE, QWEN3_MOE, GPT_OSS, OLMOE, DOTS1, MINIMAX_M2)

@@ -59,7 +59,11 @@ def roles_of(module: nn.Module) -> tuple[str, ...]:
 def adapted(module: nn.Module) -> list[str]:
     """Names of the children that are linear layers with an adapter."""
     shapes = dict(_linears(module))
-    return [name for name, child in module.named_children() if name in shapes and hasattr(child, "lora_A")]
+    return [
+        name
+        for name, child in module.named_children()
+        if name in shapes and hasattr(child, "lora_A") and hasattr(getattr(child, "base_layer", None), "weight")
+    ]  # experts under an adapter have several weights
 
 
 def _projections(module: nn.Module) -> Iterator[Family]:

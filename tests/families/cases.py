@@ -93,6 +93,41 @@ CASES: dict[str, Case] = {
     ),
 }
 
+EXPERTS_BESIDE: dict[str, Any] = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+CASES.update(
+    {
+        "arcee": llama_like("arcee", "Arcee"),
+        "cwm": llama_like("cwm", "Cwm", **MIXED),
+        "glm 4.5": llama_like("glm4_moe", "Glm4Moe", use_qk_norm=True, head_dim=32, **EXPERTS_BESIDE, **EXPERTS),
+        "granite moe": llama_like(
+            "granitemoe",
+            "GraniteMoe",
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            embedding_multiplier=2.0,
+            attention_multiplier=0.1,
+            residual_multiplier=0.3,
+            logits_scaling=3.0,
+        ),
+        "ernie 4.5": llama_like("ernie4_5", "Ernie4_5", head_dim=32),
+        "ernie 4.5 moe": llama_like(
+            "ernie4_5_moe",
+            "Ernie4_5_Moe",
+            moe_num_experts=4,
+            moe_k=2,
+            moe_intermediate_size=64,
+            moe_layer_start_index=1,
+            moe_layer_end_index=-1,
+        ),
+        "helium": llama_like("helium", "Helium", head_dim=16),
+        "apertus": llama_like("apertus", "Apertus"),
+        "nemotron": llama_like("nemotron", "Nemotron", partial_rotary_factor=0.5, head_dim=16),
+        "phi 3.5 moe": llama_like("phimoe", "Phimoe", num_local_experts=4, num_experts_per_tok=2),
+        "dots 1": llama_like("dots1", "Dots1", head_dim=32, n_shared_experts=1, **EXPERTS_BESIDE, **MIXED, **EXPERTS),
+        "minimax m2": llama_like("minimax_m2", "MiniMaxM2", num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+    }
+)
+
 PARTS = frozenset({"mlp", "lm_head_loss"})
 VISION: dict[str, Any] = {
     "hidden_size": 32, "num_attention_heads": 2, "num_heads": 2, "num_hidden_layers": 2, "depth": 2,
