@@ -6,7 +6,8 @@
 Bytes are counted once per tensor read and once per tensor written; a device-to-device copy sets the ceiling, counted
 the same way. Inputs rotate, so that nothing stays in the L2 cache. Every op of fastplug is checked against fp64 on
 fresh random inputs, with outputs that hold NaN before, and is timed only if its error is at most twice that of one
-rounding. Kernels of Liger and bitsandbytes stand beside where they are installed. On a CPU the references are run, to try it out.
+rounding. Kernels of Liger and bitsandbytes stand beside where they are installed. On a CPU the references are run, to
+try it out.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ the same everywhere, and what differs is how many warps make a program:
 
 * A program that walks over a row of logits reads it twice where a gradient is wanted. Few rows at a time, each by many
   warps, leave the second reading to the L2 cache: with 32 warps an H100 has 132 rows of 256 kB in work, 34 of its 50
-  MB. Where a multiprocessor holds 1536 threads a second program of 32 warps does not fit and a third of it would be
-  empty, so there it is 16 warps; likewise on the 1024 threads of sm_75, to have two programs between barriers.
+  MB, and an A100 27 of 40. On a B200 one such program has too few bytes in flight; three of 16 warps have enough, and
+  its L2 cache holds their 114 MB. Where a multiprocessor has room for 1536 threads, 32 warps would leave a third of it
+  empty, and on the 1024 threads of sm_75 nothing would run while the program waits at its end: 16 there, too.
 * A program that keeps a partial sum stays for many tiles: as many as are resident at once and no more, 1024 threads a
   multiprocessor in programs of eight warps.
 
@@ -98,7 +99,7 @@ TABLE = {
     86: Config(),
     89: Config(),
     90: Config(logits_warps=32),
-    100: Config(logits_warps=32),
+    100: Config(),
     120: Config(),
 }
 

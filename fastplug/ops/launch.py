@@ -26,7 +26,9 @@ def stride_unit(*strides: int) -> int:
     """8 if every stride is a multiple of 8, else 1.
 
     Triton's compiler knows of an integer argument only whether it is a multiple of 16. Kernels take their strides
-    divided by this unit and multiply again, so that rows padded by 8 elements still get 16-byte accesses.
+    divided by this unit and multiply again, so that rows padded by 8 elements still get 16-byte accesses. The unit is
+    all that the compiler needs to know, so strides and numbers of rows are arguments that kernels are not specialized
+    on: a batch of another length compiles nothing.
     """
     return 1 if any(stride % 8 for stride in strides) else 8
 

@@ -204,9 +204,9 @@ def _factors(logit_scale: float, softcap: float, temperature: float) -> tuple[fl
     return logit_scale / temperature, 1.0
 
 
-def _launch_shape(vocabulary: int, device: torch.device) -> tuple[int, int]:
-    """``(columns of a block, warps)``."""
-    warps, per_warp = config(device).logits_warps, config(device).per_warp(2)
+def _launch_shape(vocabulary: int, device: torch.device, softcap: float) -> tuple[int, int]:
+    """``(columns of a block, warps)``; half as many warps with a softcap, whose arithmetic needs 64 registers more."""
+    warps, per_warp = config(device).logits_warps // (2 if softcap else 1), config(device).per_warp(2)
     block = min(triton.next_power_of_2(vocabulary), warps * per_warp)
     return block, max(1, block // per_warp)
 
@@ -228,7 +228,7 @@ def _launch_logprobs(
         return
     assert logits.stride(1) == 1
     pre, post = _factors(logit_scale, softcap, temperature)
-    block, warps = _launch_shape(logits.shape[1], logits.device)
+    block, warps = _launch_shape(logits.shape[1], logits.device, softcap)
     with on_device(logits):
         _logprobs_kernel[(logits.shape[0],)](
             logits,
@@ -328,7 +328,7 @@ def token_logprobs_backward(
         return
     assert logits.stride(1) == 1
     pre, post = _factors(logit_scale, softcap, temperature)
-    block, warps = _launch_shape(logits.shape[1], logits.device)
+    block, warps = _launch_shape(logits.shape[1], logits.device, softcap)
     with on_device(logits):
         _backward_kernel[(logits.shape[0],)](
             logits,

@@ -11,7 +11,7 @@ from fastplug.ops.launch import check_output, on_device, persistent_programs, po
 from fastplug.ops.library import custom_op
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_stride", "residual_stride", "y_stride", "h_stride", "M"])
 def _forward_kernel(
     x_ptr,  # [M, N]
     residual_ptr,  # [M, N] or None
@@ -53,7 +53,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * (y_stride * UNIT) + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dy_stride", "h_stride", "dh_stride", "dx_stride", "M"])
 def _backward_kernel(
     dy_ptr,  # [M, N]
     h_ptr,  # [M, N]

@@ -16,6 +16,10 @@ from fastplug.ops.library import custom_op
 from fastplug.ops.rope.reference import check_saved
 
 
+def _strides_of(*tensors: str) -> list[str]:
+    return [f"{tensor}_{dimension}" for tensor in tensors for dimension in "bsh"]
+
+
 @triton.jit
 def _load_pairs(ptr, rows, row_mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
     """``(a, b)`` [heads, BLOCK] in fp32 of the heads that start at ``ptr + rows`` [heads, 1]."""
@@ -186,7 +190,7 @@ def _angles(cos_ptr, sin_ptr, batch, position, batch_stride, position_stride, HA
     return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_strides_of("q", "k", "q_out", "k_out"), "cos_b", "cos_s", "S"])
 def _forward_kernel(
     q_ptr,  # [B, S, Q_HEADS, D]
     k_ptr,  # [B, S, K_HEADS, D]
@@ -242,7 +246,7 @@ def _store_partial(ptr, dwa, dwb, dwr, HALF: tl.constexpr, REST: tl.constexpr, B
     tl.store(ptr + 2 * HALF + rest_cols, dwr, mask=rest_cols < REST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_strides_of("dq", "dk", "dq_out", "dk_out", "q", "k"), "cos_b", "cos_s", "tokens", "S"])
 def _backward_kernel(
     dq_ptr,  # [B, S, Q_HEADS, D]
     dk_ptr,  # [B, S, K_HEADS, D]
