@@ -64,8 +64,8 @@ def load(
         OptionError: An unknown format, dtype or block size; a name in ``skip`` that no layer has.
         MissingExtra: transformers is not installed.
     """
-    folder = _folder(path)
-    config = _config(folder)
+    folder = model_folder(path)
+    config = model_config(folder)
     encode = None if quant is None else encoder(quant, blocksize, double_quant)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = _dtype(dtype, config)
@@ -194,7 +194,8 @@ def _keep_fp32(model: Any, dtype: torch.dtype) -> list[re.Pattern[str]]:
     return [re.compile(rf"(^|\.){re.escape(name)}($|\.)") for name in names]
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
+def model_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder ``path``, or that of a model id in the local cache. Raises :class:`ModelError` where there is none."""
     if os.path.isdir(path):
         return Path(path)
     from fastplug.exporters.models import local_folder
@@ -208,7 +209,8 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return found
 
 
-def _config(folder: Path) -> Any:
+def model_config(folder: Path) -> Any:
+    """The config in a folder. Raises :class:`ModelError` where there is none that transformers reads."""
     from fastplug.errors import MissingExtra
 
     if not (folder / "config.json").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,15 @@ def save(
     listed: list[LazyTensor] = []
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, tensor, parameter in _plain_tensors(model):
-        listed.append(
-            LazyTensor(
-                name,
-                tuple(tensor.shape),
-                tensor.dtype,
-                lambda tensor=tensor: tensor.detach(),
-                id(tensor),
-                parameter=parameter,
-            )  # fmt: skip
-        )
+        shape, read = tuple(tensor.shape), partial(torch.Tensor.detach, tensor)
+        listed.append(LazyTensor(name, shape, tensor.dtype, read, id(tensor), parameter=parameter))
     patterns = tied_patterns(model) if ties_embeddings(model.config) else []
     listed = drop_tied(listed, patterns)
     for name, layer in layers.items():
         dtype = layer.dtype
         for part, tensor in tensors(layer, f"{name}.weight").items():
-            listed.append(LazyTensor(part, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t, (name, part)))
+            shape, read = tuple(tensor.shape), partial(torch.Tensor.detach, tensor)
+            listed.append(LazyTensor(part, shape, tensor.dtype, read, (name, part)))
     with atomic_folder(path, overwrite=overwrite) as folder:
         digests = write_weights(folder, listed, max_shard_size)
         write_config(model, folder, dtype, quantization=_quantization(model, layers, dtype))

@@ -93,9 +93,10 @@ def renamed(model: Any, names: Iterable[str], known: Iterable[str]) -> dict[str,
     prefix = getattr(model, "base_model_prefix", "") or ""
     found = {}
     for name in names:
-        candidates = (name, renamings(name))
-        candidates += tuple(f"{prefix}.{one}" for one in candidates) if prefix else ()
-        candidates += tuple(one.removeprefix(f"{prefix}.") for one in candidates[:2])
+        candidates: list[str] = [name, renamings(name)]
+        if prefix:
+            shorter = [one.removeprefix(f"{prefix}.") for one in candidates]
+            candidates += [f"{prefix}.{one}" for one in candidates] + shorter
         found[name] = next((one for one in candidates if one in known), name)
     return found
 
