@@ -33,7 +33,7 @@ def widths(dropping: bool = False, head_norm: bool = True) -> Widths:
 
 def measured(device: torch.device, policy: Policy, dropout: float = 0.0, tile_rows: int | None = None) -> int:
     """Bytes that a forward of one layer leaves on the device, its input counted and its output not."""
-    config = {"num_hidden_layers": 1, "head_dim": 32, "intermediate_size": WIDTH}
+    config: dict[str, Any] = {"num_hidden_layers": 1, "head_dim": 32, "intermediate_size": WIDTH}
     model = models.lora(models.plain("qwen3", **config), lora_dropout=dropout).to(device)
     fastplug.apply(model, graphs="off")
     (layer,) = layers(under(model, policy, tile_rows))
@@ -49,7 +49,7 @@ def measured(device: torch.device, policy: Policy, dropout: float = 0.0, tile_ro
     return left_behind(forward, device) - LENGTH * HIDDEN * 4
 
 
-CASES = [(policy, 0.0, None) for policy in Policy if not policy.offloads]
+CASES: list[tuple[Policy, float, int | None]] = [(policy, 0.0, None) for policy in Policy if not policy.offloads]
 CASES += [(Policy.DROP_GATE_UP, 0.0, 128), (Policy.KEEP, 0.2, None), (Policy.DROP_GATE_UP, 0.2, None)]
 CASES += [(Policy.DROP_GATE_UP, 0.2, 256), (Policy.RESIDUAL, 0.0, 128)]
 

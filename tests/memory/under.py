@@ -30,7 +30,8 @@ def under(model: nn.Module, policy: Policy, tile_rows: int | None = None) -> Any
     assert found
     for layer in found:
         binding: Binding = layer.__dict__[KEY]
-        layer.__class__ = patched_class(binding.base, _told(policy, FAST[binding.implementation], tile_rows))
+        base: Any = binding.base
+        layer.__class__ = patched_class(base, _told(policy, FAST[binding.implementation], tile_rows))
     return model
 
 
