@@ -30,9 +30,11 @@ from transformers.utils.logging import get_verbosity
 
 import fastplug
 from fastplug.errors import ModelError, OptionError
+from fastplug.memory import saved_plans
+from fastplug.memory.runtime import planners
 from fastplug.metrics import Meter
 from fastplug.run_exports import Exports, describe, export_each, parse_exports
-from fastplug_hf.host import caller, guard
+from fastplug_hf.host import caller, calling_value, guard
 from fastplug_hf.metrics import TokenCounter
 
 logger = logging.getLogger("fastplug")
@@ -52,7 +54,8 @@ class FastPlugCallback(TrainerCallback):
 
     Logs per training step logged: ``fastplug/tokens_per_second`` (unpadded tokens of all ranks over the time spent
     training, evaluation and saving left out) and ``fastplug/peak_memory_gib`` (the highest of all ranks). Writes
-    ``fastplug_report.json`` into the output directory and every checkpoint.
+    ``fastplug_report.json`` into the output directory and every checkpoint, and with ``memory=`` the memory plans into
+    every checkpoint, by which a run that goes on from there trains.
 
     Raises:
         OptionError: An option is unknown or impossible.
@@ -69,6 +72,7 @@ class FastPlugCallback(TrainerCallback):
         self._meter = Meter()
         self._counter = TokenCounter(self._meter)
         self._announced: set[str] = set()
+        self._told: set[str] = set()
         self._active = True
         self._in_training = False
 
@@ -100,6 +104,7 @@ class FastPlugCallback(TrainerCallback):
         self._in_training = True
         self._take_place(state)
         self._apply(model, state)  # model_init and Liger come after on_init_end
+        self._go_on_with_plans(model, state)
         if self._active and isinstance(model, nn.Module):
             self._meter.start()
             self._counter.attach(model)
@@ -119,6 +124,10 @@ class FastPlugCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._meter.tick()
+        if self.options.memory is not None and "plan" not in self._told and isinstance(kwargs.get("model"), nn.Module):
+            for planner in planners(kwargs["model"]):
+                self._told.add("plan")
+                self._say(state, f"fastplug: memory={self.options.memory!r}: {planner.plan or planner.off}")
 
     def on_log(
         self,
@@ -148,6 +157,8 @@ class FastPlugCallback(TrainerCallback):
         checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if os.path.isdir(checkpoint):
             self._write_report(model, args, state, checkpoint)
+            if state.is_world_process_zero and model in self._models:
+                self._save_plans(model, checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -205,6 +216,24 @@ class FastPlugCallback(TrainerCallback):
             return
         self._models.add(model)
         self._say(state, report.summary())
+
+    def _go_on_with_plans(self, model: Any, state: TrainerState) -> None:
+        """Train by the memory plans of the checkpoint that this run goes on from."""
+        checkpoint = calling_value("resume_from_checkpoint")
+        if checkpoint is None or model not in self._models or self.options.memory is None:
+            return
+        if not Path(checkpoint, saved_plans.FILE).is_file():
+            self._say(state, f"fastplug: {checkpoint} has no memory plans, so new ones are made")
+            return
+        reason = saved_plans.restore(model, saved_plans.read(checkpoint))
+        if reason is not None:
+            self._say(state, f"fastplug: {reason}")
+
+    def _save_plans(self, model: nn.Module, folder: str) -> None:
+        try:
+            saved_plans.save(model, folder)
+        except OSError as error:
+            logger.warning("fastplug: the memory plans could not be written to %s (%s)", folder, error)
 
     def _say(self, state: TrainerState, text: str) -> None:
         """Log each text once, on the first rank, unless transformers' verbosity is below warnings.

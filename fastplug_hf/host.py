@@ -23,6 +23,17 @@ def caller(kind: type[T]) -> T | None:
     return None
 
 
+def calling_value(name: str) -> str | None:
+    """The string that the nearest calling function has under this name, or None."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        found = frame.f_locals.get(name)
+        if isinstance(found, str):
+            return found
+        frame = frame.f_back
+    return None
+
+
 def guard(trainer: Any, tell: Tell) -> None:
     """Call ``tell(trainer, error)`` when an exception leaves the ``train()`` of this one Trainer.
 

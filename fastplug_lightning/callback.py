@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import weakref
 from typing import Any
 
 from fastplug.errors import ModelError
+from fastplug.memory import saved_plans
+from fastplug.memory.runtime import planners
 from fastplug.metrics import token_tensors
 from fastplug_lightning.plugin import FastPlug, find, sharding
 
@@ -24,6 +27,9 @@ class Hooks:
     plug: FastPlug | None = None
     _restore: Any = None
     _postponed: str | None = None
+    _module: Any = None  # a weak reference to the LightningModule
+    _plans: Any = None  # memory plans of the checkpoint that the run goes on from
+    _told = False
 
     def __reduce__(self) -> Any:
         return make_callback, (self.package,)
@@ -33,6 +39,7 @@ class Hooks:
         if self.plug is None:  # another Trainer's FastPlug made the entry point add this callback
             return
         self.plug.connect(trainer)
+        self._module = weakref.ref(pl_module)
         self._intercept(trainer)
         if sharding(trainer.strategy):  # configure_model may shard what __init__ built
             self._apply(trainer, pl_module)
@@ -83,8 +90,23 @@ class Hooks:
 
     on_fit_start = on_test_start = on_predict_start = _start
 
+    def state_dict(self) -> dict[str, Any]:
+        """The memory plans, for the checkpoint; nothing without the option ``memory``."""
+        module = None if self._module is None else self._module()
+        if self.plug is None or self.plug.options.memory is None or module is None:
+            return {}
+        plans = saved_plans.state(module)
+        return {"memory_plans": plans} if plans else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._plans = state.get("memory_plans")
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.plug is not None:
+            plans, self._plans = self._plans, None
+            reason = saved_plans.restore(pl_module, plans) if self.plug.options.memory is not None else None
+            if reason is not None:
+                self.plug.say(f"fastplug: {reason}")
             self.plug.meter.start()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -94,6 +116,10 @@ class Hooks:
                 self.plug.meter.count(tokens, mask)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.plug is not None and self.plug.options.memory is not None and not self._told:
+            self._told = True
+            for planner in planners(pl_module) if trainer.is_global_zero else ():
+                self.plug.say(f"fastplug: memory={self.plug.options.memory!r}: {planner.plan or planner.off}")
         if self.plug is None or not trainer.loggers:
             return
         self.plug.meter.tick()
