@@ -41,7 +41,8 @@ class RopeRow:
             (2j, 2j + 1).
         table: What the given cos and sin [B or 1, S, ...] hold: ``"half"`` each angle at j and j + R/2, ``"repeated"``
             at 2j and 2j + 1 (Cohere), ``"narrow"`` once (gpt-oss).
-        when: An attribute of the attention module that is false, zero or None in layers without RoPE, or None.
+        when: An attribute of the attention module that is false, zero or None in layers without RoPE, a function of the
+            module, or None.
 
     How many channels turn (partial rotary) follows from the width of cos, how far (linear, dynamic, yarn, llama3 and
     longrope scaling, and by layer type) from its values: the model computes both.
@@ -49,7 +50,13 @@ class RopeRow:
 
     layout: Literal["half", "interleaved"] = "half"
     table: Literal["half", "repeated", "narrow"] = "half"
-    when: str | None = None
+    when: str | Callable[[nn.Module], bool] | None = None
+
+    def turns(self, attention: nn.Module) -> bool:
+        """Whether the layer of an attention module has RoPE."""
+        if self.when is None:
+            return True
+        return bool(getattr(attention, self.when) if isinstance(self.when, str) else self.when(attention))
 
     def tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B or 1, S, R] with each angle at j and j + R/2, as the op reads them."""
@@ -95,6 +102,8 @@ class Family:
         rope: The layout of the rotation.
         attention_arguments: What the attention module hands to the attention function beside mask, scaling and dropout:
             keyword -> attribute of the module, or a function of it. Windows, softcaps and sinks are given so.
+        query_scale: Given the attention module and its arguments, a factor [B or 1, 1, S, 1] on the rotated queries, in
+            families that scale them by position; None elsewhere.
         output_dropout: The attribute of attention and MLP with the probability of a dropout after their last
             projection, or None.
         gate, up, down, activation: Names in the gated MLP. ``up=None`` where ``gate`` makes both, gate first;
@@ -132,6 +141,7 @@ class Family:
     qk_norm: QKNormRow | None = None
     rope: RopeRow = field(default_factory=RopeRow)
     attention_arguments: Mapping[str, str | Callable[[nn.Module], Any]] = field(default_factory=dict)
+    query_scale: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None
     output_dropout: str | None = None
     gate: str | None = "gate_proj"
     up: str | None = "up_proj"

@@ -357,7 +357,7 @@ class _Reader:
         inner, post = (norm.get(name or "") for name in (family.input_norm, family.post_norm))
         head_norm = ""
         if family.qk_norm is not None and getattr(attention, family.qk_norm.names[0], None) is not None:
-            rotates = family.rope.when is None or bool(getattr(attention, family.rope.when))
+            rotates = family.rope.turns(attention)
             fits = rotates and not apart and family.qk_norm.shape == "heads" and not family.qk_norm.after_rope
             head_norm = "fused" if fits else "apart"
         named = {
