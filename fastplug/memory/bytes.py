@@ -15,6 +15,7 @@ from fastplug.memory.policy import Policy
 from fastplug.memory.saved import STAGED, Rank, Widths, tensors
 from fastplug.memory.shapes import LayerShape, Linears, ModelShape
 from fastplug.ops.logprobs.chunked import GPU_BYTES, chunks
+from fastplug.ops.lora.group import TOKENS_PER_CHANNEL, WIDTH
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,13 @@ def _by_row(layer: LayerShape, step: Step, policy: Policy) -> dict[str, int]:
     """What layers keep that differ from Llama's (patching/forwards/layer_by_row.py), as corrections."""
     T, H, c, e = step.tokens, layer.hidden, step.compute, step.stream
     row = T * H * e
-    found: dict[str, int] = {"1/rms": 0}
+    found: dict[str, int] = {"1/rms": 0, "1/rms of the MLP": 0}
     statistics = 8 if layer.layer_norm else 4  # LayerNorm keeps a mean too
-    for how in (layer.input_norm, layer.post_norm):
-        found["1/rms"] += {"": 0, "shared": 0, "fused": 4}.get(how, statistics) * T
+    in_tiles = policy is not Policy.KEEP and step.tile < T
+    found["1/rms"] += {"": 0, "fused": 4}.get(layer.input_norm, statistics) * T
+    found["1/rms of the MLP"] += {"": 0, "shared": 0, "fused": 0 if in_tiles else 4}.get(
+        layer.post_norm, statistics
+    ) * T
     if layer.input_norm == "apart":
         found["normalized input"] = row
     if layer.post_norm == "apart":
@@ -107,6 +111,8 @@ def _by_row(layer: LayerShape, step: Step, policy: Policy) -> dict[str, int]:
         found["1/rms"] += 2 * statistics * T
     if layer.dropouts:
         found["dropout masks of the stream"] = layer.dropouts * T * H
+    if layer.scaled:
+        found["scaled queries"] = T * layer.queries * c
     if step.eager:
         found.update({"q, k, v": 0, "logsumexp": 0, "q, k turned": 0, "q, k before their norm": 0})
         found["repeated k, v"] = 3 * T * layer.queries * c  # q too is laid out by head for a batched product
@@ -116,6 +122,8 @@ def _by_row(layer: LayerShape, step: Step, policy: Policy) -> dict[str, int]:
         if layer.head_norm and layer.heads != layer.kv_heads:  # the k that was turned is repeated and not kept itself
             name = "q, k turned" if layer.head_norm == "apart" else "q, k before their norm"
             found[name] = T * layer.queries * c
+        if layer.scaled and layer.heads != layer.kv_heads:
+            found["q, k, v"] = 0  # k and v are repeated, q is scaled: nobody keeps the buffer
     if not layer.gated:
         inner = sum(linear.out_features for linear in layer.gate_up)
         found["gate, up"] = 2 * T * inner * c  # before and after the activation
@@ -201,7 +209,7 @@ OF_THE_MLP = frozenset(
         "gate, up",
         "adapters of gate, up",
         "adapter of down",
-        "dropout masks",
+        "1/rms of the MLP",
         "middle of the residual stream",
         "normalized middle",
         "output of the MLP",
@@ -230,7 +238,7 @@ def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
     row = step.tokens * layer.hidden * step.stream
     if not layer.fused:
         inner = 2 * step.tokens * max((linear.out_features for linear in layer.linears), default=0) * step.compute
-        return Peaks(held, 0, held + inner + row, held + 2 * inner + 2 * row + _buffer(layer.linears, step), 0)
+        return Peaks(held, 0, held + inner + row, held + 2 * inner + 2 * row + _buffer(layer.linears, step, 0), 0)
     mlp = sum(size for name, size in kept(layer, step).items() if name in OF_THE_MLP)
     before_mlp = everything - mlp  # what attention keeps
     inside = everything  # what is there when the layer's backward begins, recomputed or not
@@ -255,16 +263,16 @@ def _attention_forward(layer: LayerShape, step: Step) -> int:
     """From the layer's input to the output of attention's last projection."""
     T, c = step.tokens, step.compute
     x, wide = T * layer.hidden * step.stream, T * (layer.queries + 2 * layer.keys) * c
-    entering = T * layer.hidden * c
+    entering = T * (layer.hidden + _extra(layer.qkv, step, T)) * c
     mixed, out = T * layer.queries * c, T * layer.hidden * c
     turned = T * (layer.queries + layer.keys) * c if layer.head_norm else 0
     repeated = 2 * mixed if step.masked(layer) and layer.heads != layer.kv_heads else 0
     mask = 2 * step.batch * step.length**2 * c if step.masked(layer) else 0
     scores = step.batch * layer.heads * step.length**2 * (c + 4) if step.eager else 0
     return x + max(
-        entering + wide + max(_buffer(layer.qkv, step), turned),
+        entering + wide + max(_buffer(layer.qkv, step, T), turned),
         wide + turned + repeated + mask + scores + mixed,
-        wide + turned + repeated + mask + mixed + out + _buffer(layer.out, step),
+        wide + turned + repeated + mask + mixed + out + _buffer(layer.out, step, 0),
     )
 
 
@@ -277,14 +285,15 @@ def _mlp_forward(layer: LayerShape, step: Step, policy: Policy) -> int:
     if not layer.down:
         return base + row + _experts(layer, step) * 2
     width = sum(linear.out_features for linear in layer.gate_up)
-    entering, hidden = t * layer.hidden * c, t * layer.intermediate * c
+    entering = t * (layer.hidden + _extra(layer.gate_up, step, t)) * c
+    hidden = t * (layer.intermediate + _extra(layer.down, step, t)) * c
     tiled = row if t < T else 0  # the output is there from the first tile on
     return (
         base
         + tiled
         + max(
-            entering + t * width * c + _buffer(layer.gate_up, step),
-            t * width * c + hidden + row + _buffer(layer.down, step),
+            entering + t * width * c + _buffer(layer.gate_up, step, t),
+            t * width * c + hidden + row + _buffer(layer.down, step, t),
         )
     )
 
@@ -300,14 +309,19 @@ def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     width = sum(linear.out_features for linear in layer.gate_up)
     cast = t * H * c if step.stream != c else 0
     d_hidden, d_normed, wide = t * inner * c, t * H * c, t * width * c
+    d_wide = t * (width + _extra(layer.gate_up, step, t, backward=True)) * c
+    folded = _extra(layer.down, step, t, backward=True) if inner > H else 0
+    room = t * (H + folded) * c if folded else 0  # g is copied to where there is room for g B
     again = policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and t < T)
-    down, gate_up = _buffer(layer.down, step), _buffer(layer.gate_up, step)
+    overwrites = again and not _extra(layer.gate_up, step, 0, backward=True)
+    down = _buffer(layer.down, step, t if folded else 0, backward=True)
+    gate_up = _buffer(layer.gate_up, step, t, backward=True)
     weights = _trained(layer.down) + _trained(layer.gate_up)
     moments = [
-        cast + down + d_hidden + (wide if again else 0),
-        cast + d_hidden + wide,  # gate and up that were computed again are overwritten by their gradients
-        cast + wide + gate_up + d_normed,
-        cast + wide + 2 * d_normed + weights,
+        cast + room + down + d_hidden + (wide if again else 0),
+        cast + d_hidden + d_wide + (wide if again and not overwrites else 0),
+        cast + d_wide + gate_up + d_normed,
+        cast + d_wide + 2 * d_normed + weights,
         cast + 2 * d_normed + row,
     ]
     if again:
@@ -325,17 +339,30 @@ def _attention_backward(layer: LayerShape, step: Step) -> int:
     scores = 2 * step.batch * layer.heads * step.length**2 * c if step.eager else 0
     d_normed = T * layer.hidden * c
     return max(
-        d_normed + mixed + _buffer(layer.out, step) + _trained(layer.out),
+        d_normed + mixed + _buffer(layer.out, step, 0) + _trained(layer.out),
         mixed + wide + accumulator + expanded + mask + scores,
-        wide + wide + _buffer(layer.qkv, step) + d_normed,
+        wide + wide + _buffer(layer.qkv, step, T, backward=True) + d_normed,
         wide + wide + 2 * d_normed + _trained(layer.qkv),
     )
 
 
-def _buffer(linears: Linears, step: Step) -> int:
-    """Bytes of decoded or cast weights that a product of these needs at once."""
-    if any(linear.decoded for linear in linears):
-        return sum(linear.weights for linear in linears) * step.compute
+def _extra(linears: Linears, step: Step, tokens: int, backward: bool = False) -> int:
+    """Columns beside x, or beside g, in which the adapters lie that are folded into the base product (group.py)."""
+    rank = sum(linear.rank for linear in linears)
+    channels = sum(linear.out_features for linear in linears) if backward else linears[0].in_features
+    if not rank or step.compute != 2 or channels % WIDTH:
+        return 0
+    folds = any(linear.decoded for linear in linears) or tokens >= TOKENS_PER_CHANNEL * channels
+    return -(-rank // WIDTH) * WIDTH if folds else 0
+
+
+def _buffer(linears: Linears, step: Step, tokens: int, backward: bool = False) -> int:
+    """Bytes of decoded, copied or cast weights that a product of so many tokens needs at once; 0: it never folds."""
+    extra = _extra(linears, step, tokens, backward) if tokens and linears else 0
+    if extra or any(linear.decoded for linear in linears):
+        rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
+        more = extra * (columns if backward else rows)
+        return (sum(linear.weights for linear in linears) + more) * step.compute
     return sum(linear.weights * step.compute for linear in linears if linear.itemsize != step.compute)
 
 

@@ -77,6 +77,7 @@ class LayerShape:
         table_copies: Whether each layer makes copies of cos and sin.
         window: Positions that attention reaches back, or None.
         softcap: Whether attention's scores have a soft cap.
+        scaled: Whether queries are multiplied after they were turned.
         dropouts: How many dropouts of the residual stream's width drop something.
         activation: Tensors of the MLP's inner width that a layer keeps which the host runs.
         active: Share of the weights in ``others`` that one token goes through.
@@ -105,6 +106,7 @@ class LayerShape:
     table_copies: bool = False
     window: int | None = None
     softcap: bool = False
+    scaled: bool = False
     dropouts: int = 0
     activation: int = 4
     active: float = 1.0
@@ -327,6 +329,8 @@ class _Reader:
         rest = [module for module in inner if id(module) not in taken]
         experts, active = _experts(layer, config, self)
         others = tuple(self.linear(module) for module in rest) + experts
+        if named.get("post_norm") == "fused" and not gated:
+            named["post_norm"] = "apart"
         inside = {id(p) for module in inner for p in module.parameters()}
         inside |= {id(p) for p in layer.parameters() if p.dim() == 3}  # stacked experts
         extra = [p for p in layer.parameters() if id(p) not in inside]
@@ -362,8 +366,8 @@ class _Reader:
             head_norm = "fused" if fits else "apart"
         named = {
             "hidden": out.out_features,
-            "heads": queries // head_dim,
-            "kv_heads": keys // head_dim,
+            "heads": max(1, queries // head_dim),
+            "kv_heads": max(1, keys // head_dim),
             "head_dim": head_dim,
             "input_norm": "" if inner is None else "apart" if apart or shares else "fused",
             "post_norm": "shared" if shares else "" if post is None else "apart" if apart or parallel else "fused",
@@ -375,6 +379,7 @@ class _Reader:
             "table_copies": family.rope.table != "half",
             "window": _window(family, attention),
             "softcap": "softcap" in family.attention_arguments,
+            "scaled": getattr(family, "query_scale", None) is not None,
         }
         return named, {"qkv": qkv, "out": (out,), "gate_up": (), "down": ()}
 
@@ -531,10 +536,14 @@ def _experts(layer: nn.Module, config: Any, reader: _Reader) -> tuple[Linears, f
             one = LinearShape(rows, columns, size, False, p.element_size(), size if p.requires_grad else 0)
             stacked.extend([one] * count)
     values = config.to_dict()
-    total = values.get("num_local_experts") or values.get("num_experts") or values.get("n_routed_experts")
-    used = values.get("num_experts_per_tok")
+    total = next((values[name] for name in EXPERTS if values.get(name)), None)
+    used = next((values[name] for name in USED if values.get(name)), None)
     has_experts = bool(stacked) or any("experts" in name for name, _ in layer.named_modules())
     return tuple(stacked), used / total if has_experts and total and used else 1.0
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+USED = ("num_experts_per_tok", "moe_k", "moe_topk")
 
 
 def _trained(model: nn.Module) -> tuple[tuple[int, int], ...]:
