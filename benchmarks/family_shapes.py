@@ -112,6 +112,26 @@ SHAPES: dict[str, Shape] = {
     ),
     "gpt_neox": causal("GPTNeoX", "Pythia 6.9B", dims(4096, 16384, 32, 32, 50432)),
     "arcee": causal("Arcee", "AFM 4.5B", dims(2560, 18432, 20, 4, 128004, head_dim=128)),
+    "ministral3": causal(
+        "Ministral3",
+        "8B",
+        dims(
+            4096, 14336, 32, 8, 131072, head_dim=128, sliding_window=None,
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1,
+            },
+        ),
+    ),
+    "exaone4": causal(
+        "Exaone4",
+        "32B",
+        dims(5120, 27392, 40, 8, 102400, head_dim=128, sliding_window=1024, sliding_window_pattern=4),
+        pattern=WINDOWS,
+    ),
+    "seed_oss": causal(
+        "SeedOss", "36B", dims(5120, 27648, 80, 8, 155136, head_dim=128, attention_dropout=0.0, residual_dropout=0.0)
+    ),
     "cwm": causal("Cwm", "32B", dims(6144, 21504, 48, 8, 128256, head_dim=128, sliding_window=1024), pattern=WINDOWS),
     "ernie4_5": causal("Ernie4_5", "0.3B", dims(1024, 3072, 16, 2, 103424, head_dim=128)),
     "helium": causal("Helium", "2B", dims(2560, 7040, 20, 20, 48000, head_dim=128)),
@@ -241,7 +261,7 @@ def build(shape: Shape, layers: int, device: torch.device, dtype: torch.dtype, t
     vision = dict(shape.config.get("vision_config", VISION)) if shape.text is not None else {}
     if toy:
         values.update({key: TOY[key] for key in values if key in TOY and values[key] is not None})
-        if "rope_parameters" in values:
+        if "mrope_section" in values.get("rope_parameters", {}):
             values["rope_parameters"] = {**values["rope_parameters"], "mrope_section": [2, 3, 3]}
     if shape.text is not None:
         vision["out_hidden_size"] = values["hidden_size"]

@@ -8,8 +8,8 @@ from fastplug.families.row import Family, NormRow, QKNormRow, RopeRow
 from fastplug.manager import hookimpl
 
 MODULES = (
-    "llama", "mistral", "qwen2", "gemma", "phi", "granite", "smollm", "olmo", "glm", "ernie", "helium", "apertus",
-    "cohere", "layer_norm_models", "mixtures", "parts", "vision",
+    "llama", "mistral", "qwen2", "gemma", "phi", "granite", "smollm", "olmo", "glm", "ernie", "exaone", "helium",
+    "apertus", "seed_oss", "cohere", "layer_norm_models", "mixtures", "parts", "vision",
 )  # fmt: skip
 
 

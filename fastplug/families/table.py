@@ -73,6 +73,8 @@ def differences(family: Family) -> list[str]:
             found.append("half-width RoPE tables")
         if rope.when is not None:
             found.append("layers without RoPE")
+        if family.query_scale is not None:
+            found.append("queries scaled by position")
         words = {"sliding_window": "sliding window", "softcap": "softcap on scores", "s_aux": "attention sinks"}
         found.extend(words.get(name, name) for name in family.attention_arguments)
     if "mlp" in roles and family.gate is not None and family.up is None:

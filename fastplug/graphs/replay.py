@@ -124,6 +124,8 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], device: tor
         return None
     if binding.family.mixture or not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
         return None  # the work of a mixture of experts depends on where its router sends the tokens
+    if binding.family.query_scale is not None:
+        return None  # a function of anything
     if x.device != device or (device.type == "cuda" and device.index != torch.cuda.current_device()):
         return None  # a graph belongs to one device, and is replayed on the current one
     for name, value in kwargs.items():
@@ -265,7 +267,13 @@ def _weights(layer: nn.Module) -> int:
 
 
 def _drops(layer: nn.Module) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+    """Whether anything in it may draw random numbers: a dropout module, or a probability for a function."""
+    for module in layer.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return True
+        if any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+            return True
+    return False
 
 
 __all__ = ["Shared", "replayed"]

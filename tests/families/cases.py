@@ -124,6 +124,27 @@ CASES.update(
         "nemotron": llama_like("nemotron", "Nemotron", partial_rotary_factor=0.5, head_dim=16),
         "phi 3.5 moe": llama_like("phimoe", "Phimoe", num_local_experts=4, num_experts_per_tok=2),
         "dots 1": llama_like("dots1", "Dots1", head_dim=32, n_shared_experts=1, **EXPERTS_BESIDE, **MIXED, **EXPERTS),
+        "exaone 4": llama_like("exaone4", "Exaone4", head_dim=32, sliding_window_pattern=2, **MIXED),
+        "exaone 4, no windows": llama_like(
+            "exaone4", "Exaone4", sliding_window=None, layer_types=["full_attention"] * 2
+        ),
+        "ministral 3": llama_like(
+            "ministral3",
+            "Ministral3",
+            head_dim=32,
+            sliding_window=5,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "original_max_position_embeddings": 4,
+                "llama_4_scaling_beta": 0.7,
+            },
+        ),
+        "seed oss": llama_like("seed_oss", "SeedOss", head_dim=32, attention_dropout=0.0, residual_dropout=0.0),
+        "seed oss, dropout": llama_like("seed_oss", "SeedOss", attention_dropout=0.0, residual_dropout=0.3),
         "minimax m2": llama_like("minimax_m2", "MiniMaxM2", num_local_experts=4, num_experts_per_tok=2, head_dim=16),
     }
 )

@@ -21,10 +21,10 @@ from tests.families import sweep
 
 # Types without a row on which norms, MLPs and the loss are found. The whole list: python -m tests.families.sweep
 TYPES = (
-    "afmoe", "apertus", "arcee", "axk1", "beam", "cwm", "deepseek_v3", "deepseek_v32", "diffllama", "doge",
-    "dots3_note_text", "emu3", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flint",
-    "gemma4_unified_text", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "granite_swa", "helium", "hunyuan_v1_dense",
-    "hunyuan_v1_moe", "hy_v3", "hyperclovax", "laguna", "mimo_v2_flash", "minicpm3", "ministral3", "olmo_hybrid",
+    "afmoe", "axk1", "beam", "deepseek_v3", "deepseek_v32", "diffllama", "doge",
+    "dots3_note_text", "emu3", "exaone_moe", "flint",
+    "gemma4_unified_text", "glm4_moe_lite", "glm_moe_dsa", "granite_swa", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "hy_v3", "hyperclovax", "laguna", "mimo_v2_flash", "minicpm3", "olmo_hybrid",
     "vaultgemma", "youtu",
 )  # fmt: skip
 HERE = [name for name in TYPES if name in sweep.model_types()]
@@ -38,7 +38,7 @@ def test_model_types_without_a_row(model_type: str) -> None:
     assert row.gradient < 1e-4
 
 
-@pytest.mark.parametrize("model_type", ["bert", "bart", "seed_oss", "mamba", "nanochat", "xlnet", "prophetnet"])
+@pytest.mark.parametrize("model_type", ["bert", "bart", "mamba", "nanochat", "xlnet", "prophetnet"])
 def test_what_does_not_fit_is_left_alone(model_type: str) -> None:
     """Encoders, other losses, dropouts inside an MLP, state spaces: less is patched, nothing is wrong."""
     row = sweep.measure(model_type, sweep.tiny(model_type))

@@ -71,7 +71,7 @@ def plan(
     head_norm: Norm | None = None
     head_weights: list[torch.Tensor | None] = [None, None]
     after: After | None = None
-    rotate = family.rope.when is None or bool(getattr(attention, family.rope.when))
+    rotate = family.rope.turns(attention)
     if family.qk_norm is not None and getattr(attention, family.qk_norm.names[0], None) is not None:
         if not rotate or family.norm.kind != "rms" or family.qk_norm.shape != "heads" or family.qk_norm.after_rope:
             first, second = (getattr(attention, name) for name in family.qk_norm.names)
@@ -112,6 +112,8 @@ def run(
     q, k, v, stream = attention_input(planned.spec, x, c, s, planned.norm_weight, *planned.head_weights)
     if planned.after is not None:
         q, k = _after(planned.after, family, runtime, q, k, c, s)
+    if family.query_scale is not None:
+        q = q * family.query_scale(attention, kwargs).to(q.dtype)
     mixed, weights = attend(attention, family, runtime, q, k, v, cos, sin, kwargs)
     out = lora_linear(planned.out, mixed.reshape(*x.shape[:-1], -1))
     if family.output_dropout is not None and attention.training:

@@ -6,12 +6,14 @@ what is added to the residual stream; MLPs without a gate; mixtures of experts, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastplug.families import Family
 from fastplug.graphs.replay import replayed
@@ -70,9 +72,9 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     mixed, stream, _ = attention_forward.run(planned.attention, attention, family, runtime, entering, kwargs)
     if entering is not x:
         stream = x
-    dropouts = [None if name is None else getattr(layer, name) for name in family.dropouts]
-    if dropouts[0] is not None:
-        mixed = dropouts[0](mixed)
+    if family.dropouts[0] is not None:
+        mixed = getattr(layer, family.dropouts[0])(mixed)
+    dropout = _mlp_dropout(layer, mlp, planned.mlp, family)
     if planned.attention_post is not None:
         mixed = _normed(planned.attention_post, mixed.to(stream.dtype), runtime)
     factor = _factor(layer, family)
@@ -81,9 +83,9 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     if _parallel(layer, family):
         read = entering if planned.between is None else _normed(planned.between, stream, runtime)
         added = _mlp(planned.mlp, mlp, read)
-        out = stream + mixed + _finished(added, planned, dropouts[1], factor, runtime, stream)
+        out = stream + mixed + _finished(added, planned, dropout, factor, runtime, stream)
     else:
-        out = _second_half(planned, mlp, mixed, stream, dropouts[1], factor, runtime)
+        out = _second_half(planned, mlp, mixed, stream, dropout, factor, runtime)
     return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
 
 
@@ -125,8 +127,7 @@ def plan(
         inside = None if between is None or callable(between) or _parallel(layer, family) else between
         mlp_plan = mlp_forward.plan(mlp, family, runtime, x, None if inside is None else inside[1])
         if isinstance(mlp_plan, GatedMLP) and inside is not None:
-            dropout = None if family.dropouts[1] is None else getattr(layer, family.dropouts[1])
-            drops = dropout is not None and dropout.training and dropout.p > 0
+            drops = _mlp_dropout(layer, mlp, mlp_plan, family) is not None
             mlp_plan = replace(mlp_plan, factor=_factor(layer, family), joined=mlp_post is None and not drops)
     if isinstance(mlp_plan, str):
         return mlp_plan
@@ -138,7 +139,7 @@ def _second_half(
     mlp: nn.Module,
     mixed: torch.Tensor,
     stream: torch.Tensor,
-    dropout: nn.Module | None,
+    dropout: Module | None,
     factor: float,
     runtime: Runtime,
 ) -> torch.Tensor:
@@ -172,7 +173,7 @@ def _mlp(spec: MLP, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _finished(
     added: torch.Tensor,
     planned: Plan,
-    dropout: nn.Module | None,
+    dropout: Module | None,
     factor: float,
     runtime: Runtime,
     stream: torch.Tensor,
@@ -194,6 +195,18 @@ def _normed(norm: NormRead | Module | None, x: torch.Tensor, runtime: Runtime) -
     return rms_norm(  # type: ignore[no-any-return]
         x, weight, row.eps, row.offset, row.cast_first, implementation=runtime.ops.rms_norm
     )
+
+
+def _mlp_dropout(layer: nn.Module, mlp: nn.Module, spec: MLP, family: Family) -> Module | None:
+    """What drops the MLP's output at this call: a module of the layer, or the MLP itself, which a fused one leaves out.
+
+    A plain MLP does so on its own (StarCoder2).
+    """
+    if family.dropouts[1] is not None:
+        module: Any = getattr(layer, family.dropouts[1])
+        return module if module.training and module.p > 0 else None
+    p = mlp_forward.output_dropout(mlp, family) if isinstance(spec, GatedMLP) else 0.0
+    return functools.partial(F.dropout, p=p) if p else None
 
 
 def _mlp_of(layer: nn.Module, family: Family) -> nn.Module:

@@ -65,8 +65,12 @@ def plan_plain(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor
     down = read_group(mlp, (family.down,), x, runtime)
     if isinstance(down, str):
         return down
-    dropout = getattr(mlp, family.output_dropout) if family.output_dropout is not None and mlp.training else 0.0
-    return PlainMLP(up, getattr(mlp, family.activation), down, dropout)
+    return PlainMLP(up, getattr(mlp, family.activation), down, output_dropout(mlp, family))
+
+
+def output_dropout(mlp: nn.Module, family: Family) -> float:
+    """With which probability the module drops its output at this call."""
+    return getattr(mlp, family.output_dropout) if family.output_dropout is not None and mlp.training else 0.0
 
 
 def forward(module: nn.Module, binding: Binding, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
@@ -78,7 +82,10 @@ def forward(module: nn.Module, binding: Binding, *args: torch.Tensor, **kwargs: 
         plain = interception(module, ()) or plan_plain(module, family, runtime, x)
         return NotCovered(plain) if isinstance(plain, str) else plain(x)
     planned = interception(module, (family.activation,)) or plan(module, family, runtime, x, None)
-    return NotCovered(planned) if isinstance(planned, str) else gated_mlp(planned, x)
+    if isinstance(planned, str):
+        return NotCovered(planned)
+    out, dropout = gated_mlp(planned, x), output_dropout(module, family)
+    return F.dropout(out, dropout) if dropout else out
 
 
 def refuse(site: Site, runtime: Runtime) -> str | None:
