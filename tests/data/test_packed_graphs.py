@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ LENGTHS = (30, 4, 1, 29)  # 64 tokens, as the plain batch has
 
 
 @pytest.fixture(autouse=True)
-def replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each replay of a layer."""
     if device.type == "cpu":
         monkeypatch.setattr(replay, "recorder_for", lambda device: Stand_in())
@@ -36,7 +35,7 @@ def replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         return forward(self, *args)
 
     monkeypatch.setattr(KeptGraph, "forward", counting)
-    yield counted
+    return counted
 
 
 @pytest.mark.parametrize("attention", ["auto", "host"])
