@@ -29,7 +29,7 @@ class UnloadedWeights:
         return self.codec.matches(linear)
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
-        weight = linear.weight
+        weight = getattr(linear, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_meta:
             return self.codec.read(linear)
         shape: Any = (linear.out_features, linear.in_features)

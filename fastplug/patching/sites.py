@@ -39,7 +39,7 @@ class Runtime:
     options: Options
     ops: OpTable
     codecs: Sequence[Codec]
-    codec_of: dict[type, Any] = field(default_factory=dict)
+    codec_of: dict[Any, Any] = field(default_factory=dict)
     graphs: Any = None  # fastplug.graphs.replay.Shared, once a layer was asked
     offload: Any = None  # fastplug.memory.offload.Offloader, once a layer's input was offloaded
     memory: Any = None  # fastplug.memory.runtime.Planner, where the options ask for a plan
@@ -47,8 +47,13 @@ class Runtime:
     exact: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)  # linear modules that are left out
 
     def codec(self, linear: nn.Module) -> Codec | None:
-        """The codec responsible for a linear module, decided once per class; the last one registered wins."""
-        kind = type(linear)
+        """The codec responsible for a linear module; the last one registered wins.
+
+        Decided once per class of module and of weight: torchao leaves a layer's class and gives its weight another,
+        compressed-tensors changes the weight's dtype.
+        """
+        weight = linear._parameters.get("weight")
+        kind: Any = type(linear) if weight is None else (type(linear), type(weight), weight.dtype)
         if kind not in self.codec_of:
             matching = [codec for codec in self.codecs if codec.matches(linear)]
             self.codec_of[kind] = matching[-1] if matching else None

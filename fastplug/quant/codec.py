@@ -47,12 +47,20 @@ class EncodedWeight:
 
 
 class Codec(Protocol):
-    """How one weight format is recognised, read, decoded."""
+    """How one weight format is recognised, read, decoded.
+
+    A codec may also have ``note``, a line that a report shows where there are layers of the format, and
+    ``problems(weight, linear)``, which gives pairs of a flag (a bool tensor without dimensions, on the weight's device)
+    and what is wrong with the weight's values where it is true. It is asked once, when a model is patched.
+    """
 
     name: str
 
     def matches(self, linear: nn.Module) -> bool:
-        """Whether this codec is responsible for the type of ``linear``. Asked once per class."""
+        """Whether this codec is responsible for modules like ``linear``.
+
+        Asked once per class of the module and class and dtype of its weight.
+        """
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         """The weight as it is now, or the reason why it cannot be read. Cheap: called at every step."""

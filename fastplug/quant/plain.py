@@ -20,7 +20,9 @@ class Plain:
         return kind is nn.Linear or kind.__qualname__ == "FalconLinear"  # which adds its bias in a second step
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
-        weight = linear.weight
+        weight = getattr(linear, "weight", None)
+        if weight is None:
+            return "it has no weight"
         if distributed(weight):
             return f"its weight {SHARDED}"
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:

@@ -62,13 +62,13 @@ def _decoded(name: str, part: nn.Module, dtype: torch.dtype, runtime: Runtime) -
 
 def _weight(part: nn.Module, encoded: EncodedWeight, runtime: Runtime) -> torch.Tensor:
     """The decoded weight in fp32, by the owning library's own decoder where there is one: the judge is independent."""
-    state = getattr(part.weight, "quant_state", None)
+    state = getattr(getattr(part, "weight", None), "quant_state", None)
     if type(part).__module__ == "bitsandbytes.nn.modules" and state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         state = copy.copy(state)
         state.dtype = torch.float32
-        return dequantize_4bit(part.weight.data, state)  # type: ignore[no-any-return]
+        return dequantize_4bit(part.weight.data, state)  # type: ignore[no-any-return, union-attr]
     out = torch.empty(encoded.shape, dtype=torch.float32, device=encoded.tensors[0].device)
     encoded.decode(out, runtime.ops)
     return out

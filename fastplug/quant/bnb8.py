@@ -1,0 +1,46 @@
+"""bitsandbytes' LLM.int8() weights (Dettmers et al. 2022, arXiv:2208.07339): a byte a weight, ``absmax`` a row.
+
+The library quantizes the activations to 8 bits too, but for columns with outliers. Here the weights are decoded and
+multiplied in the dtype of the activations: the same weights, without the error of rounding the activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastplug.ops.int_weights import Layout
+from fastplug.quant.codec import EncodedWeight
+from fastplug.quant.packed import Packed, integers
+from fastplug.sharding import SHARDED, distributed
+
+ONE_127TH = 7.874015718698502e-3  # as bitsandbytes writes 1 / 127
+
+
+class BitsAndBytes8(Packed):
+    name = "bitsandbytes-8bit"
+    note = (
+        "LLM.int8() weights are decoded and multiplied in 16 or 32 bits; bitsandbytes rounds the activations to 8 bits "
+        "as well, so results differ from its own by that rounding"
+    )
+
+    def matches(self, linear: nn.Module) -> bool:
+        return type(linear).__module__ == "bitsandbytes.nn.modules" and type(linear).__name__ == "Linear8bitLt"
+
+    def read(self, linear: nn.Module) -> EncodedWeight | str:
+        weight: Any = linear.weight
+        if distributed(weight):
+            return f"its 8-bit weight {SHARDED}"
+        if weight.dtype != torch.int8:
+            return "its 8-bit weight is not quantized yet (move the model to its device first)"
+        scales = getattr(weight, "SCB", None)
+        scales = getattr(linear.state, "SCB", None) if scales is None else scales  # after the first forward
+        if scales is None:
+            return "its 8-bit weight has no scales (SCB)"
+        shape = (linear.out_features, linear.in_features)
+        if weight.shape != shape:
+            return f"its 8-bit weight {SHARDED}"
+        layout = Layout(shape, 8, group=shape[1], sign="twos", factor=ONE_127TH)  # type: ignore[arg-type]
+        return integers(self, layout, weight.detach(), scales.detach()[:, None])
