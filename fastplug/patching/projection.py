@@ -19,6 +19,11 @@ from fastplug.sharding import SHARDED, own_class, whole
 PEFT_LINEAR = {
     ("peft.tuners.lora.layer", "Linear"),
     ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.hqq", "HqqLoraLinear"),
+    ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+    ("peft.tuners.lora.awq", "AwqLoraLinear"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
 }
 
 
@@ -52,8 +57,8 @@ def _base(linear: nn.Module, runtime: Runtime) -> Projection | str:
     if isinstance(weight, str):
         return f"cannot be read: {weight}"
     # FSDP1 hands out views of one flat parameter, which all need a gradient if one of its parts does.
-    dense = weight.tensors[0] is linear.weight
-    trained = linear.weight if dense and linear.weight.requires_grad else None
+    own = getattr(linear, "weight", None)
+    trained = own if weight.tensors[0] is own and weight.tensors[0].requires_grad else None
     # The weight is read again in the backward, after the host has unsharded it again.
     return Projection(
         functools.partial(codec.read, linear),  # type: ignore[arg-type]
