@@ -111,7 +111,7 @@ def launches(dtype: torch.dtype = torch.bfloat16, hidden: int = 4096, inner: int
     normed = {"q": q, "k": k, "q_weight": head, "k_weight": head, "eps": 1e-6}
     rope.backward(q, k, cos, cos, torch.empty_like(q), torch.empty_like(k), **normed)
     both, out = empty(rows, 2 * inner), empty(rows, inner)
-    for activation in ("silu", "gelu", "gelu_tanh"):
+    for activation in ("silu", "gelu_tanh"):
         glu.forward(both[:, :inner], both[:, inner:], activation, out)
         glu.backward(out, both[:, :inner], both[:, inner:], activation, both[:, :inner], both[:, inner:], out)
     blocks = inner * hidden // 64
