@@ -21,7 +21,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from fastplug.memory.meter import Meter
 from fastplug.memory.policy import Policy
 from fastplug.patching.sites import NotCovered
 
@@ -48,12 +47,12 @@ class Room:
     """What can be dropped when memory runs out, for all layers of one ``apply``.
 
     Args:
-        meter: The device's memory.
+        release: Gives cached blocks back to the device.
         ran_out: Called with the bytes that were missing, once for each time something was dropped.
     """
 
-    def __init__(self, meter: Meter, ran_out: Callable[[int], None]) -> None:
-        self._meter, self._ran_out = meter, ran_out
+    def __init__(self, release: Callable[[], None], ran_out: Callable[[int], None]) -> None:
+        self._release, self._ran_out = release, ran_out
         self._waiting: list[weakref.ref[Record]] = []
         self.dropped = 0  # layers whose kept tensors were dropped so far
         self.backwards = 0  # layers whose backward has run
@@ -83,7 +82,7 @@ class Room:
                 freed, count = freed + record.held, count + 1
                 if freed >= goal and count >= 1 << attempt:
                     break
-        self._meter.release()
+        self._release()
         self.dropped += count
         self._ran_out(max(missing, freed))
         return count > 0
@@ -111,6 +110,14 @@ def retried(room: Room, work: Callable[[], T]) -> T:
             )
         last = not room.make(message, attempt)
         attempt += 1
+
+
+def with_room(planner: Any, work: Callable[[], T]) -> T:
+    """``work()``, with what a planner's layers keep to be dropped for it. Without a planner: ``work()``.
+
+    Head and loss come when all layers hold all they keep, so memory often runs out there and not in a layer.
+    """
+    return work() if planner is None or torch.compiler.is_compiling() else retried(planner.room, work)
 
 
 class Record:
@@ -349,4 +356,4 @@ class _Surroundings:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
 
-__all__ = ["Record", "Room", "guarded", "out_of_memory", "requested", "retried"]
+__all__ = ["Record", "Room", "guarded", "out_of_memory", "requested", "retried", "with_room"]

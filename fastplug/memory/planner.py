@@ -52,7 +52,7 @@ class Planner:
     def __init__(self, model: nn.Module, sites: Sequence[tuple[Site, bool]], options: Options, report: Report) -> None:
         self.options, self.count = options, len(sites)
         self.off: str | None = None
-        self.room: Room
+        self.room = Room(self._release, self._ran_out)
         self.plan: Plan | None = None
         self.plans: dict[Shape, Plan] = {}
         self.agreed: Agreed | None = None
@@ -73,6 +73,12 @@ class Planner:
         self._retries = 0
         self._costs: dict[Shape, tuple[LayerCosts, ...]] = {}
         self._fallback: tuple[Plan, tuple[LayerCosts, ...]] | None = None
+        left = sum(not fused for _, fused in sites)
+        if left:
+            report.notes.append(
+                f"memory={options.memory!r}: {left} of {self.count} decoder layers are not patched as a whole; what "
+                "they keep is the host's business, and the plan is for the others"
+            )
         self._check_weights(next(model.parameters()).device)
         if options.memory_plan is not None:
             from fastplug.memory.saved_plans import load
@@ -162,7 +168,6 @@ class Planner:
                 self.note(self.off)
                 raise OptionError(f"fastplug: memory={self.options.memory!r}: {self.off}; leave memory= out")
         if self._calibration is None:
-            self.room = Room(self.meter, self._ran_out)
             self._calibration = Calibration(self.meter)
             self._retries = self.meter.retries()
             self._reading.read(device)
@@ -172,6 +177,8 @@ class Planner:
     def _renew(self, meter: Meter, x: torch.Tensor, waiting: int, group: Any) -> None:
         """Take the present numbers, those of the rank that has least; forget the plans if that changes much."""
         assert self._calibration is not None
+        if not self._urgent:
+            self._lowered //= 2  # what was missing may be there again
         self._urgent = False
         gradients = self._gradient_bytes()
         held = sum(record.held for record in self.room.records())
@@ -282,7 +289,8 @@ class Planner:
 
     def _ran_out(self, missing: int) -> None:
         """Plan less from the next forward on."""
-        assert self.agreed is not None
+        if self.agreed is None:
+            return
         self._lowered += max(missing, self.agreed.available // 100)
         self._urgent = True
         self.note(
@@ -291,6 +299,10 @@ class Planner:
         )
 
     # --- around ---
+
+    def _release(self) -> None:
+        if self.meter is not None:
+            self.meter.release()
 
     def _gradient_bytes(self) -> int:
         found = [p.grad for p in (reference() for reference in self._trained) if p is not None and p.grad is not None]

@@ -25,7 +25,7 @@ from fastplug.memory.policy import Policy
 from fastplug.memory.takeover import pass_on, permitted, switched_by
 from fastplug.ops.recompute import checkpointing
 from fastplug.patching.bind import bind, parameter_names
-from fastplug.patching.report import PATCHED
+from fastplug.patching.report import PATCHED, Report
 from fastplug.patching.sites import KEY, Binding, Choice, FastForward, NotCovered, Site
 
 logger = logging.getLogger("fastplug")
@@ -155,12 +155,13 @@ def _is_fsdp2(layer: nn.Module) -> bool:
     return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(layer).__mro__)
 
 
-def attach(model: nn.Module, decided: Sequence[tuple[Site, Choice]]) -> None:
+def attach(model: nn.Module, decided: Sequence[tuple[Site, Choice]], report: Report) -> None:
     """Give the decoder layers of a patched model their places in a plan; layers that have one keep it.
 
     Args:
         model: What was given to ``apply``.
         decided: Its sites; those patched are bound.
+        report: Where it is said that there is nothing to plan.
 
     Raises:
         OptionError: The budget is smaller than the weights, or there is no such plan to train by.
@@ -170,6 +171,8 @@ def attach(model: nn.Module, decided: Sequence[tuple[Site, Choice]]) -> None:
         if site.role == "decoder_layer":
             owner = owner_of(model, site.name)
             groups.setdefault(id(owner), (owner, []))[1].append((site, choice.status == PATCHED))
+    if not any(fused for _, sites in groups.values() for _, fused in sites):
+        report.notes.append("memory= plans nothing: no decoder layer is patched as a whole")
     for owner, sites in groups.values():
         bindings = [site.module.__dict__.get(KEY) for site, _ in sites]
         ours = [binding for binding in bindings if binding is not None]

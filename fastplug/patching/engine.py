@@ -109,7 +109,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
         if options.memory is not None:
             from fastplug.memory.runtime import attach
 
-            attach(model, decided)
+            attach(model, decided, result)
         _reports[model] = result
         applied = Applied(model, options)
         if bound:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastplug.families import Family
+from fastplug.memory.oom import with_room
 from fastplug.ops.linear_cross_entropy import linear_cross_entropy
 from fastplug.patching.forwards.lazy_logits import LazyLogits
 from fastplug.patching.forwards.step_cache import step_cache
@@ -38,7 +39,8 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         # from tracing all of it only to find that.
         torch._dynamo.graph_break()
     kwargs.pop("logits_to_keep", None)
-    stand_in = _without_cache(model, kwargs)
+    planner = binding.runtime.memory
+    stand_in = _without_cache(model, kwargs, planned=planner is not None and planner.off is None)
     outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[call-overload]
     hidden = outputs[0]
     softcap, scale = family.logit_softcap(config), family.logit_scale(config)
@@ -85,10 +87,13 @@ def fused_loss(
             implementation=runtime.ops.logprobs,
         ).loss
 
-    return _gathered(head, loss_of, hidden) if gathers_itself(head) else loss_of(hidden)
+    def with_what_it_takes(hidden: torch.Tensor) -> torch.Tensor:
+        return with_room(runtime.memory, lambda: loss_of(hidden))
+
+    return _gathered(head, with_what_it_takes, hidden) if gathers_itself(head) else with_what_it_takes(hidden)
 
 
-def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+def _without_cache(model: nn.Module, kwargs: dict[str, Any], planned: bool) -> bool:
     """Turn off the cache of a training step, which nobody reads; whether a stand-in took its place.
 
     Without a mask, transformers tells packed sequences by the positions it is given, but only where there is no cache:
@@ -101,7 +106,9 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
         return False
     kwargs["use_cache"] = False
     backbone = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
-    if not no_mask or kwargs.get("past_key_values") is not None or getattr(backbone, "gradient_checkpointing", False):
+    if not no_mask or kwargs.get("past_key_values") is not None:
+        return False
+    if getattr(backbone, "gradient_checkpointing", False) and not planned:  # it takes caches away from its layers
         return False
     kwargs["past_key_values"] = step_cache()
     return True
