@@ -419,7 +419,6 @@ def fixed_bytes(shape: ModelShape, optimizer: str = "adamw") -> dict[str, int]:
         "weights": shape.weight_bytes,
         "adapters": adapters,
         "optimizer": optimizer_bytes(shape.trained, optimizer),
-        "gradients outside the layers": shape.other_trained,
     }
     return {name: size for name, size in found.items() if size}
 

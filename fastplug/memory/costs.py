@@ -107,15 +107,15 @@ def calibrated(
                 backward_peak=max(cost.backward_peak + more, cost.saved + more),
             )
         made[kind] = replace(layer, policies=costs)
-    return tuple(made[kind] for kind in kinds)
+    return tuple(replace(layer, policies=made[kind].policies) for layer, kind in zip(layers, kinds))
 
 
 def _kinds(layers: Sequence[LayerCosts]) -> list[int]:
-    """For each layer the index of the first one with equal costs."""
+    """For each layer the index of the first one whose policies cost the same."""
     first: list[int] = []
     found: list[int] = []
     for index, layer in enumerate(layers):
-        same = next((i for i in first if layers[i] == layer), index)
+        same = next((i for i in first if layers[i].policies == layer.policies), index)
         if same == index:
             first.append(index)
         found.append(same)

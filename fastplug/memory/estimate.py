@@ -61,7 +61,11 @@ def layer_costs(
             known[layer] = LayerCosts(
                 {policy: _cost(layer, step, policy, gpu) for policy in policies_of(layer)}, layer.gradient_bytes
             )
-    return tuple(known[layer] for layer in shape.layers)
+    made = [known[layer] for layer in shape.layers]
+    # The head's gradient is there before the last layer's backward begins, the embedding's comes when all is done.
+    made[-1] = replace(made[-1], gradients=made[-1].gradients + shape.head_trained)
+    made[0] = replace(made[0], gradients=made[0].gradients + shape.other_trained - shape.head_trained)
+    return tuple(made)
 
 
 def policies_of(layer: LayerShape) -> tuple[Policy, ...]:

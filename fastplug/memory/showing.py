@@ -22,7 +22,7 @@ COLUMNS = {
     "weights": ("weights",),
     "adapters": ("adapters",),
     "optimizer": ("optimizer",),
-    "gradients": ("gradients", "gradients outside the layers"),
+    "gradients": ("gradients",),
     "activations": ("activations",),
     "workspace": ("workspace", "step", "fixed"),
     "reserve, CUDA": ("slack", "context"),
