@@ -91,7 +91,7 @@ def quantize(model: Any) -> Any:
 
 def fingerprint(model: Any) -> float:
     """A number that other embeddings would change: two systems with different weights are not compared."""
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight.detach()
     rows = torch.arange(0, embedding.shape[0], 97, device=embedding.device)
     signs = torch.where(rows % 2 == 0, 1.0, -1.0).to(torch.float64)
     return round(float((embedding[rows].double().sum(1) * signs).sum()), 4)

@@ -16,8 +16,9 @@ from fastplug.ops import configs
 from fastplug.ops.configs import CHIPS, REGISTERS, TABLE, WARP
 
 ROOT = Path(__file__).parents[2]
-# How many tensors a program reads before it computes, each with ``accesses`` accesses of a thread; a head of rope counts
-# as two, its two halves.
+ENOUGH = 0.85  # of the memory's bandwidth
+# How many tensors a program reads before it computes, each with ``accesses`` accesses of a thread; a head of rope
+# counts as two, its two halves.
 READ = {
     "rms_norm._forward_kernel": 1, "rms_norm._backward_kernel": 2, "rope._forward_kernel": 2,
     "rope._backward_kernel": 2, "glu._forward_kernel": 2, "glu._backward_kernel": 3, "logprobs._logprobs_kernel": 1,
@@ -100,7 +101,8 @@ def test_enough_bytes_are_in_flight(compiled: list[dict[str, Any]], capability: 
             continue
         shared = (chip.shared + 1) * 1024 // (kernel["shared"] + 1024)
         resident = threads * min(chip.threads // threads, REGISTERS // (registers * threads), shared)
-        assert read * resident * TABLE[capability].accesses * configs.ACCESS >= chip.in_flight(), (resident, kernel)
+        found = read * resident * TABLE[capability].accesses * configs.ACCESS
+        assert found >= ENOUGH * chip.in_flight(), (resident, kernel)
 
 
 def test_other_lengths_compile_nothing(tmp_path: Path) -> None:
