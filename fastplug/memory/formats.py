@@ -12,14 +12,14 @@ BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 NESTED = 256  # scales that share one in double quantization
 
 BITS = {
-    # format: (bits of a weight with what it shares in groups, bytes a row, bytes a tensor)
-    "nf4": (4 + 8 / BLOCK + 32 / (BLOCK * NESTED), 0, 64 + 1024 + 4),
-    "fp4": (4 + 8 / BLOCK + 32 / (BLOCK * NESTED), 0, 64 + 1024 + 4),
-    "nf4-single": (4 + 32 / BLOCK, 0, 64),
-    "fp4-single": (4 + 32 / BLOCK, 0, 64),
-    "int8": (8, 4, 0),
-    "fp8": (8, 4, 0),
-    "int4": (4 + (16 + 16) / 128, 0, 0),
+    # format: (bits of a weight with what it shares in groups, bytes a row)
+    "nf4": (4.0, 0),
+    "fp4": (4.0, 0),
+    "nf4-single": (4.0, 0),
+    "fp4-single": (4.0, 0),
+    "int8": (8.0, 4),
+    "fp8": (8.0, 4),
+    "int4": (4 + (16 + 16) / 128, 0),
 }
 """``nf4`` and ``fp4`` are bitsandbytes' with double quantization, ``-single`` without; ``int8`` bitsandbytes' LLM.int8;
 ``fp8`` with a scale a row; ``int4`` what GPTQ, AWQ and HQQ have at groups of 128, 16 bits of scale and of zero each."""
@@ -38,8 +38,15 @@ def checked(quant: str) -> str:
 
 def encoded_bytes(quant: str, out_features: int, in_features: int) -> int:
     """Bytes of a weight [out_features, in_features] in a format, scales included."""
-    bits, row, tensor = BITS[checked(quant)]
-    return int(-(-out_features * in_features * bits // 8)) + out_features * row + tensor
+    bits, row = BITS[checked(quant)]
+    count = out_features * in_features
+    size = int(-(-count * bits // 8)) + out_features * row
+    if bits != 4:
+        return size
+    blocks = -(-count // BLOCK)
+    if quant.endswith("-single"):
+        return size + 4 * blocks + 4 * 16  # a scale each, and the 16 values of the format
+    return size + blocks + 4 * -(-blocks // NESTED) + 4 * (16 + 256 + 1)  # scales in 8 bits, theirs, both codes, offset
 
 
 def stored_bytes(linear: Any) -> int:

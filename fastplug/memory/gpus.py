@@ -69,19 +69,22 @@ GPUS = (
 )
 
 
-def _key(name: str) -> str:
-    short = re.sub(r"nvidia|geforce|tesla|graphics|laptop|gpu|hbm3e?|sxm\d?|pcie|[\s_-]", "", name.lower())
-    return re.sub(r"(\d+)gi?b$", r"\1gb", short)
+NOISE = re.compile(r"nvidia|geforce|tesla|graphics|laptop|gpu|hbm\d?e?|sxm\d?|pcie|rtx")
+
+
+def _key(name: str) -> tuple[str, str]:
+    """(model, size of its memory or nothing) in a name."""
+    words = [word for word in re.split(r"[\s_-]+", name.lower()) if word and not NOISE.fullmatch(word)]
+    sizes = [word.replace("gib", "gb") for word in words if re.fullmatch(r"\d+gi?b", word)]
+    model = "".join(word for word in words if not re.fullmatch(r"\d+gi?b", word))
+    return model.removeprefix("rtx"), sizes[0] if sizes else ""
 
 
 def find(name: str) -> GPU | None:
     """The GPU of a name as people or ``torch.cuda.get_device_name`` write it, or None."""
-    wanted = _key(name)
-    for gpu in GPUS:
-        if wanted in (_key(gpu.name), "rtx" + _key(gpu.name), _key(gpu.name).removeprefix("rtx")):
-            return gpu
-    without = re.sub(r"\d+gb$", "", wanted)
-    return next((gpu for gpu in GPUS if without and re.sub(r"\d+gb$", "", _key(gpu.name)) == without), None)
+    model, size = _key(name)
+    named = [gpu for gpu in GPUS if model and _key(gpu.name)[0] == model]
+    return next((gpu for gpu in named if size and _key(gpu.name)[1] == size), named[0] if named else None)
 
 
 def of_memory(size: int) -> GPU:

@@ -35,10 +35,11 @@ which may cost up to a 16384th of the budget per layer but never exceeds it."""
 
 
 class Peak(NamedTuple):
-    """The highest bytes of a step above what is always there, what the layers hold then, and when that is."""
+    """The highest bytes of a step above what is always there, and of these what layers hold and what gradients take."""
 
     bytes: int
     held: int
+    gradients: int
     moment: str
 
 
@@ -141,10 +142,8 @@ def assemble(
     """What a given choice of policies needs, whether or not it fits. The arguments are those of :func:`solve`."""
     fixed = {"fixed": fixed_bytes} if isinstance(fixed_bytes, int) else dict(fixed_bytes)
     peak = peak_of(layers, policies, head_peak=head_peak, accumulating=accumulating)
-    gradients = sum(layer.gradients for layer in layers)
-    now = min(gradients, peak.bytes) if accumulating or peak.moment == OPTIMIZER else 0
-    held = min(peak.held, peak.bytes - now)
-    parts = {**fixed, "gradients": now, "activations": held, "workspace": peak.bytes - now - held}
+    workspace = peak.bytes - peak.gradients - peak.held
+    parts = {**fixed, "gradients": peak.gradients, "activations": peak.held, "workspace": workspace}
     parts["slack"] = int(sum(parts.values()) * slack)
     parts["context"] = context
     chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
@@ -174,13 +173,16 @@ def peak_of(
     all_gradients = sum(layer.gradients for layer in layers)
     at_forward = all_gradients if accumulating else 0
     shared = sum({policy: cost.shared for policy, cost in zip(policies, chosen)}.values())
-    peaks = [Peak(all_gradients + shared, 0, OPTIMIZER)]
+    peaks = [Peak(all_gradients + shared, 0, all_gradients, OPTIMIZER)]
     before = shared
     for i, cost in enumerate(chosen):
-        peaks.append(Peak(before + cost.forward_peak + at_forward, before, f"the forward of layer {i}"))
-        peaks.append(Peak(before + cost.backward_peak + later[i], before + cost.saved, f"the backward of layer {i}"))
+        forward, backward = before + cost.forward_peak + at_forward, before + cost.backward_peak + later[i]
+        peaks.append(Peak(forward, before, at_forward, f"the forward of layer {i}"))
+        peaks.append(
+            Peak(backward, min(before + cost.saved, backward - later[i]), later[i], f"the backward of layer {i}")
+        )
         before += cost.saved
-    peaks.append(Peak(before + head_peak + at_forward, before, HEAD))
+    peaks.append(Peak(before + head_peak + at_forward, before, at_forward, HEAD))
     return max(peaks, key=lambda peak: peak.bytes)
 
 
@@ -317,9 +319,9 @@ def _least_room(layers: Sequence[LayerCosts], head_peak: int, accumulating: bool
             held += min(fitting)
         return held + head_peak + at_forward <= room and everything <= room
 
-    low, high = 0, 1
+    low, high = -1, 0
     while not suffices(high):
-        low, high = high, 2 * high
+        low, high = high, 2 * high + 1
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (low, middle) if suffices(middle) else (middle, high)
