@@ -91,25 +91,21 @@ def attention_refusal(layer: nn.Module, binding: Binding) -> str | None:
     return refusal(attention.config._attn_implementation, dropout)
 
 
-def offloader(binding: Binding) -> Offloader:
-    """What moves the tensors of all layers of one ``apply`` on the device of its report."""
+def offloader(binding: Binding, device: torch.device | None = None) -> Offloader:
+    """What moves the tensors of all layers of one ``apply``: the latest, or one of ``device``, where layers run now."""
     runtime = binding.runtime
-    if runtime.offload is None:
-        runtime.offload = Offloader(_exactly(torch.device(binding.report.device)))
+    if runtime.offload is None or (device is not None and runtime.offload.device != device):
+        runtime.offload = Offloader(torch.device(binding.report.device) if device is None else device)
     return runtime.offload  # type: ignore[no-any-return]
 
 
-def _exactly(device: torch.device) -> torch.device:
-    """With its index: tensors' devices have one."""
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
 def _checkpointed(policy: Policy, fast: FastForward, layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Any:
+    x: torch.Tensor = kwargs.pop("hidden_states")
     group = None
     hooks: AbstractContextManager[Any] = contextlib.nullcontext()
     if policy.offloads:
         fast = inspect.unwrap(fast)  # a replayed layer would hold its input itself
-        group = offloader(binding).group()
+        group = offloader(binding, x.device).group()
         hooks = torch.autograd.graph.saved_tensors_hooks(group.pack, group.unpack)
     more: dict[str, Any] = {}
     if policy.keeps_attention:
@@ -125,7 +121,6 @@ def _checkpointed(policy: Policy, fast: FastForward, layer: nn.Module, binding: 
         kwargs.pop("mlp_memory", None)
         return binding.base.forward(layer, x, **kwargs)
 
-    x = kwargs.pop("hidden_states")
     with hooks:  # what the checkpoint itself saves is x; what runs inside of it has the checkpoint's hooks
         return checkpoint(forward, x, use_reentrant=False, **more, **kwargs)
 

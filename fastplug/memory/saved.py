@@ -51,6 +51,7 @@ from dataclasses import dataclass
 
 from fastplug.memory.policy import Policy
 
+PIECE = 16 * 2**20  # bytes of a piece of host memory: offloaded tensors fill whole ones
 STAGED = 2  # layers whose offloaded tensors are on the device at a time: the one that runs and the one being copied
 
 
@@ -127,9 +128,14 @@ def saved(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None) 
     return sum(tensors(policy, w, tokens, tile_rows).values())
 
 
+def host(policy: Policy, w: Widths, tokens: int) -> int:
+    """Bytes of pinned host memory for one layer, in whole pieces; 0 where nothing is offloaded."""
+    return sum(-(-size // PIECE) * PIECE for size in tensors(policy, w, tokens).values()) if policy.offloads else 0
+
+
 def _adapters(rank: Rank, T: int, inputs: int, outputs: int, c: int, tiles: int = 1) -> int:
     matrices = tiles * (inputs + outputs) if rank.copied else 0
     return rank.total * (T + matrices) * c + rank.dropping * T * inputs
 
 
-__all__ = ["STAGED", "Rank", "Widths", "saved", "tensors"]
+__all__ = ["PIECE", "STAGED", "Rank", "Widths", "host", "saved", "tensors"]

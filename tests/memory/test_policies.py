@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastplug
-from fastplug.memory import offload
+from fastplug.memory import host_memory, offload
 from fastplug.memory.checkpoint import effective
 from fastplug.memory.policy import Policy
 from fastplug.ops.lora.group import Group
@@ -28,8 +28,18 @@ LENGTH = 70  # above what a GPU's attention kernels ask for
 
 
 @pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """A GPU's attention adds up gradients in any order otherwise."""
+    torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def everything_is_large_enough_to_offload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SMALLEST", 1)
+    for module in (offload, host_memory):
+        monkeypatch.setattr(module, "PIECE", 2**16)
 
 
 def patched(model: Any, device: torch.device, **options: Any) -> Any:
@@ -40,6 +50,12 @@ def patched(model: Any, device: torch.device, **options: Any) -> Any:
 
 def batch(device: torch.device, seed: int = 3, length: int = LENGTH) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in models.batch(2, length, seed).items()}
+
+
+def with_kernel(device: torch.device, **options: Any) -> Any:
+    """A patched model in a dtype for which the device has a kernel of attention with grouped heads."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return patched(models.lora(models.plain("llama").to(dtype), **options).to(dtype), device)
 
 
 def same_bits(model: Any, device: torch.device, policies: Sequence[Policy], **kwargs: Any) -> None:
@@ -84,7 +100,7 @@ def test_autocast_holds_in_the_second_pass(device: torch.device) -> None:
 
 def test_masks(device: torch.device) -> None:
     """A padding mask, with which transformers repeats k and v: attention is still kept."""
-    model = patched(models.lora(models.plain("llama")), device)
+    model = with_kernel(device)
     inputs = {name: tensor.to(device) for name, tensor in models.padded("left", length=LENGTH).items()}
     truth = step(copy.deepcopy(model), inputs, logits=False)
     twin = under(copy.deepcopy(model), Policy.KEEP_ATTENTION)
@@ -94,7 +110,7 @@ def test_masks(device: torch.device) -> None:
 
 @pytest.mark.parametrize("policy", Policy)
 def test_attention_runs_again_only_where_the_policy_says_so(device: torch.device, policy: Policy) -> None:
-    model = under(patched(models.lora(models.plain("llama")), device), policy)
+    model = under(with_kernel(device), policy)
     again = policy in (Policy.RESIDUAL, Policy.OFFLOAD)
     assert calls(lambda: step(model, batch(device), logits=False)) == (4 if again else 2)
 

@@ -11,7 +11,7 @@ import fastplug
 from fastplug.memory import offload
 from fastplug.memory.host_memory import PIECE
 from fastplug.memory.policy import Policy
-from fastplug.memory.saved import Rank, Widths, saved, tensors
+from fastplug.memory.saved import Rank, Widths, host, saved, tensors
 from tests import models
 from tests.memory.under import layers, left_behind, under
 
@@ -22,31 +22,37 @@ HIDDEN, QUERIES, KEYS, HEADS, WIDTH, RANK = 64, 128, 64, 4, 192, 4
 SLACK = 8192  # bytes: random states, masks of attention, allocations of a few bytes
 
 
-def widths(dropping: bool = False, head_norm: bool = True) -> Widths:
+def dtype_on(device: torch.device) -> torch.dtype:
+    """One for which the device has a kernel of attention with grouped heads."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def widths(size: int = 4, dropping: bool = False, head_norm: bool = True) -> Widths:
     def rank(count: int) -> Rank:
         return Rank(count * RANK, count if dropping else 0, copied=count > 1)
 
     return Widths(
-        HIDDEN, WIDTH, QUERIES, KEYS, HEADS, 4, 4, rank(3), rank(1), rank(2), rank(1), head_norm=head_norm
+        HIDDEN, WIDTH, QUERIES, KEYS, HEADS, size, size, rank(3), rank(1), rank(2), rank(1), head_norm=head_norm
     )  # fmt: skip
 
 
 def measured(device: torch.device, policy: Policy, dropout: float = 0.0, tile_rows: int | None = None) -> int:
     """Bytes that a forward of one layer leaves on the device, its input counted and its output not."""
+    dtype = dtype_on(device)
     config: dict[str, Any] = {"num_hidden_layers": 1, "head_dim": 32, "intermediate_size": WIDTH}
-    model = models.lora(models.plain("qwen3", **config), lora_dropout=dropout).to(device)
+    model = models.lora(models.plain("qwen3", **config), lora_dropout=dropout).to(device, dtype)
     fastplug.apply(model, graphs="off")
     (layer,) = layers(under(model, policy, tile_rows))
     base: Any = model.get_base_model().model
     position = torch.arange(LENGTH, device=device)[None]
 
     def forward() -> Any:
-        x = torch.randn(1, LENGTH, HIDDEN, device=device)
+        x = torch.randn(1, LENGTH, HIDDEN, device=device, dtype=dtype)
         return layer(x.requires_grad_(), position_embeddings=positions, attention_mask=None)
 
-    positions = base.rotary_emb(torch.zeros(1, LENGTH, HIDDEN, device=device), position)
+    positions = base.rotary_emb(torch.zeros(1, LENGTH, HIDDEN, device=device, dtype=dtype), position)
     forward()  # lazily made things
-    return left_behind(forward, device) - LENGTH * HIDDEN * 4
+    return left_behind(forward, device) - LENGTH * HIDDEN * dtype.itemsize
 
 
 CASES: list[tuple[Policy, float, int | None]] = [(policy, 0.0, None) for policy in Policy if not policy.offloads]
@@ -58,7 +64,7 @@ CASES += [(Policy.DROP_GATE_UP, 0.2, 256), (Policy.RESIDUAL, 0.0, 128)]
 def test_bytes_are_as_predicted(device: torch.device, policy: Policy, dropout: float, tile_rows: int | None) -> None:
     if device.type == "cuda" and dropout:
         pytest.skip("on a GPU one product serves all adapters only without dropout")
-    predicted = saved(policy, widths(dropout > 0), LENGTH, tile_rows)
+    predicted = saved(policy, widths(dtype_on(device).itemsize, dropout > 0), LENGTH, tile_rows)
     assert measured(device, policy, dropout, tile_rows) == pytest.approx(predicted, abs=SLACK)
 
 
@@ -67,6 +73,8 @@ def test_policies_keep_less_and_less() -> None:
     sizes.append(saved(Policy.RESIDUAL, widths(), LENGTH))
     assert sizes == sorted(set(sizes), reverse=True)
     assert saved(Policy.OFFLOAD, widths(), LENGTH) == LENGTH * HIDDEN * 4
+    assert host(Policy.OFFLOAD, widths(), LENGTH) == PIECE
+    assert host(Policy.RESIDUAL, widths(), LENGTH) == 0
 
 
 def test_a_layer_of_llama_8b() -> None:
@@ -83,7 +91,7 @@ def test_offloaded_layers_leave_the_device(
 ) -> None:
     """Of six layers the tensors of two are on the device when the forward is over."""
     monkeypatch.setattr(offload, "SMALLEST", 1)
-    model = models.lora(models.plain("llama", num_hidden_layers=6)).to(device)
+    model = models.lora(models.plain("llama", num_hidden_layers=6)).to(device, dtype_on(device))
     fastplug.apply(model, graphs="off")
     under(model, policy)
     tokens = torch.randint(3, 200, (1, LENGTH), device=device)
