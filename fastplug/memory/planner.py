@@ -101,15 +101,17 @@ class Planner:
         assert self.plan is not None
         if not self._calibration.watching:
             return None
-        costs = self._costs[self.plan.batch, self.plan.sequence]
         policy = self.plan.policies[index]
-        return self._calibration.observe(policy, costs[index][policy])
+        return self._calibration.observe(policy, self.estimate(self.plan)[index][policy])
+
+    def estimate(self, plan: Plan) -> tuple[LayerCosts, ...]:
+        """The costs that were reasoned for the shape of a plan."""
+        return self._costs[plan.batch, plan.sequence]
 
     def held(self, index: int) -> int:
         """Bytes that dropping what the layer keeps would free, by the plan."""
         assert self.plan is not None
-        costs = self._costs[self.plan.batch, self.plan.sequence]
-        policies = costs[index].policies
+        policies = self.estimate(self.plan)[index].policies
         least = min(cost.saved for policy, cost in policies.items() if not policy.offloads or len(policies) == 1)
         return max(0, policies[self.plan.policies[index]].saved - least)
 

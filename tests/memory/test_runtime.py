@@ -1,0 +1,295 @@
+"""The planner at work on a device whose memory is made up: budgets, shapes, measurements."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fastplug
+from fastplug import OptionError
+from fastplug.memory import offload
+from fastplug.memory.planner import Planner
+from fastplug.memory.policy import Policy
+from fastplug.memory.runtime import planners
+from tests import models
+from tests.memory.device import Device, MiB, gradients, same_bits
+
+pytest.importorskip("peft")
+
+LAYERS = 4
+BATCH = models.batch(2, 120)
+BUDGETS = ("3MiB", "3400KiB", "4MiB", "5MiB", "6MiB", "7MiB", "9MiB")
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+
+
+def make(**options: Any) -> Any:
+    return models.lora(models.plain(num_hidden_layers=LAYERS, **options), lora_dropout=0.1)
+
+
+def planned(memory: Any, model: Any = None, total: int = 64 * MiB, **options: Any) -> tuple[Any, Planner, Device]:
+    """A model under a plan, its planner and the device that it believes in."""
+    model = make() if model is None else model
+    fastplug.apply(model, memory=memory, **options)
+    (planner,) = planners(model)
+    planner.meter = device = Device(model, total)
+    return model, planner, device
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, torch.Tensor]:
+    """Loss and gradients without a plan."""
+    model = make()
+    fastplug.apply(model)
+    return gradients(model, BATCH)
+
+
+def kept(planner: Planner) -> list[str]:
+    assert planner.plan is not None
+    return [policy.value for policy in planner.plan.policies]
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_larger_budget_is_never_slower_and_no_budget_changes_a_bit(wanted: dict[str, torch.Tensor]) -> None:
+    times, plans = [math.inf], []
+    for memory in BUDGETS:
+        model, planner, device = planned(memory)
+        for _ in range(2):
+            assert same_bits(gradients(model, BATCH), wanted), memory
+        assert planner.plan is not None
+        assert planner.plan.total <= planner.plan.budget
+        assert planner.plan.ms <= times[-1]
+        assert not fastplug.report(model).fallbacks
+        times.append(planner.plan.ms)
+        plans.append(kept(planner))
+        asked = device.limits[-1]
+        assert asked is not None
+        assert asked + device.context() == fastplug.memory.budget.amount(memory).of(0)
+    assert plans[-1] == ["keep"] * LAYERS
+    assert len({tuple(plan) for plan in plans}) >= 4  # or these budgets would test one plan only
+    assert "keep" not in plans[0]
+
+
+@pytest.mark.parametrize(("memory", "policy"), [("keep", Policy.KEEP), ("full", Policy.RESIDUAL)])
+def test_all_layers_can_be_told_the_same(memory: str, policy: Policy, wanted: dict[str, torch.Tensor]) -> None:
+    model, planner, device = planned(memory)
+    assert same_bits(gradients(model, BATCH), wanted)
+    assert kept(planner) == [policy.value] * LAYERS
+    assert device.limits == []  # they name no budget
+
+
+def test_auto_takes_what_is_free_and_leaves_headroom() -> None:
+    model, planner, device = planned("auto", total=40 * MiB)
+    device.others = 10 * MiB
+    gradients(model, BATCH)
+    assert planner.plan is not None
+    assert planner.plan.budget == 28 * MiB  # less what others have, less a twentieth
+    assert device.limits == []
+    model, planner, device = planned("auto", total=40 * MiB, headroom="8MiB")
+    gradients(model, BATCH)
+    assert planner.plan is not None
+    assert planner.plan.budget == 32 * MiB
+    model, planner, device = planned(0.5, total=40 * MiB, headroom=0.1)
+    gradients(model, BATCH)
+    assert planner.plan is not None
+    assert planner.plan.budget == 16 * MiB
+    assert device.limits == [20 * MiB - device.context()]  # an evaluation may use the headroom
+
+
+def test_a_budget_below_the_weights_is_refused_before_anything_is_patched() -> None:
+    model = make()
+    with pytest.raises(
+        OptionError, match=r"memory='100KiB' is 0\.00 GiB, and the weights of LlamaForCausalLM alone take"
+    ):
+        fastplug.apply(model, memory="100KiB")
+    with pytest.raises(fastplug.ModelError, match="not patched"):
+        fastplug.report(model)
+
+
+def test_a_budget_that_no_step_fits_into_says_what_is_missing() -> None:
+    model, _, _ = planned("1MiB")
+    with pytest.raises(OptionError, match=r"a budget of 0\.00 GiB is too small: the least that a step needs is"):
+        gradients(model, BATCH)
+
+
+def test_a_later_batch_that_does_not_fit_is_tried_with_the_least() -> None:
+    model, planner, _ = planned("3MiB")
+    gradients(model, BATCH)
+    longer = models.batch(2, 250)
+    found = gradients(model, longer)
+    assert all(policy.startswith("offload") for policy in kept(planner))
+    assert any("is too small" in note and "goes on with the least" in note for note in fastplug.report(model).notes)
+    plain = make()
+    fastplug.apply(plain)
+    assert same_bits(found, gradients(plain, longer))
+
+
+# --- shapes and measurements ------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_planned_on_a_grid_and_plans_are_kept() -> None:
+    model, planner, _ = planned("4MiB", models.lora(models.plain(num_hidden_layers=2)))
+    for length in (100, 110, 128, 60, 64, 100):
+        gradients(model, models.batch(2, length))
+    assert set(planner.plans) == {(2, 128), (2, 64)}
+    first = planner.plans[2, 128]
+    gradients(model, models.batch(1, 100))
+    gradients(model, models.batch(2, 100))
+    assert set(planner.plans) == {(2, 128), (2, 64), (1, 128)}
+    assert planner.plan is first
+
+
+def test_accumulated_gradients_are_planned_for() -> None:
+    model, planner, _ = planned("5MiB")
+    gradients(model, BATCH)
+    assert planner.plan is not None
+    before = planner.plan.parts["gradients"]
+    model(**BATCH).loss.backward()  # with those of the first still there
+    assert planner.agreed is not None
+    assert planner.agreed.accumulating
+    assert planner.plan.parts["gradients"] > before == 0
+
+
+def test_two_forwards_at_a_time_get_half_each(wanted: dict[str, torch.Tensor]) -> None:
+    model, planner, _ = planned("7MiB")
+    gradients(model, BATCH)
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        losses.append(model(**BATCH).loss)
+    assert planner.agreed is not None
+    assert planner.agreed.live == 2
+    ((losses[0] + losses[1]) / 2).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-5, atol=1e-7)
+    gradients(model, BATCH)
+    assert planner.plan is not None
+    assert planner.plan.total <= planner.plan.budget
+
+
+def test_what_was_measured_changes_the_plan() -> None:
+    """Milliseconds and highest marks are read a step later, and only where the device has got there."""
+    model, planner, device = planned("6MiB")
+    device.clock = 5.0
+    for _ in range(3):
+        gradients(model, BATCH)
+    assert planner.agreed is not None
+    assert planner.plan is not None
+    assert planner.agreed.ms == {}  # the first forward is not measured, and the fourth begins a new agreement
+    reasoned, plan = planner.estimate(planner.plan), planner.plan
+    gradients(model, BATCH)
+    assert planner.agreed.ms.keys() == set(plan.policies)
+    for policy, ratio in planner.agreed.ms.items():  # two marks make 5 ms, a forward and a backward 10
+        assert ratio == pytest.approx(10.0 / reasoned[0][policy].ms)
+    assert planner.plan.ms > plan.ms
+
+
+def test_a_peak_above_the_plan_makes_the_next_plans_smaller() -> None:
+    model, planner, device = planned("8MiB")
+    device.highest = (MiB, MiB)
+    gradients(model, BATCH)
+    assert planner.plan is not None
+    first = planner.plan
+    device.highest = (first.allocated + MiB, first.allocated + MiB)
+    for _ in range(2):
+        gradients(model, BATCH)
+    assert planner.agreed is not None
+    assert planner.agreed.extra == pytest.approx(MiB, abs=MiB // 4)
+    assert planner.plan.total <= planner.plan.budget
+    assert planner.plan.ms >= first.ms
+    assert planner.plan is not first
+
+
+def test_blocks_that_the_allocator_gave_back_leave_more_slack() -> None:
+    model, planner, device = planned("8MiB")
+    gradients(model, BATCH)
+    assert planner.agreed is not None
+    before = planner.agreed.slack
+    device.retried = 3
+    gradients(model, BATCH)
+    assert planner.agreed.slack > before
+
+
+# --- around -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_layers_keep() -> None:
+    model, planner, device = planned("5MiB")
+    assert "the first training step makes the plan" in str(fastplug.report(model))
+    gradients(model, BATCH)
+    device.highest = (3 * MiB, 4 * MiB)
+    said = fastplug.report(model)
+    (found,) = said.memory
+    assert planner.plan is not None
+    assert found["plan"]["policies"] == kept(planner)
+    assert found["predicted_peak"] == planner.plan.total
+    assert found["measured_peak"] == 4 * MiB + device.context()
+    assert "GiB planned, 0.00 GiB measured so far" in str(said)
+    assert '"policies"' in said.to_json()
+
+
+def test_nothing_to_plan_is_said() -> None:
+    model = make()
+    report = fastplug.apply(model, memory="auto", disable="decoder_layer").report
+    assert "memory= plans nothing: no decoder layer is patched as a whole" in report.notes
+    assert planners(model) == []
+
+
+def test_undo_gives_the_limit_back_and_a_second_apply_keeps_the_plan() -> None:
+    model, planner, device = planned("5MiB")
+    gradients(model, BATCH)
+    fastplug.apply(model, memory="5MiB")
+    assert planners(model) == [planner]
+    fastplug.undo(model)
+    assert device.limits[-1] is None
+    assert planners(model) == []
+    plain = gradients(model, BATCH)
+    assert all(torch.isfinite(value).all() for value in plain.values())
+
+
+def test_a_graph_that_is_kept_can_be_differentiated_twice(wanted: dict[str, torch.Tensor]) -> None:
+    for memory in ("keep", "full"):
+        model, _, _ = planned(memory)
+        torch.manual_seed(7)
+        loss = model(**BATCH).loss
+        loss.backward(retain_graph=True)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                assert torch.equal(p.grad, wanted[name]), name
+        with pytest.raises(RuntimeError, match=r"second time|second backward"):
+            loss.backward()
+
+
+@pytest.fixture
+def mixture() -> Any:
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=models.VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, output_router_logits=True, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).train()
+
+
+def test_a_mixture_of_experts_keeps_the_gradient_of_its_router_loss(mixture: Any) -> None:
+    wanted = gradients(copy.deepcopy(mixture), BATCH)
+    for memory in ("keep", "full"):
+        model = copy.deepcopy(mixture)
+        fastplug.apply(model, memory=memory)
+        found = gradients(model, BATCH)
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
