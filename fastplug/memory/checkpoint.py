@@ -72,8 +72,8 @@ def effective(policy: Policy, layer: nn.Module, binding: Binding, kwargs: dict[s
         return Policy.KEEP, "torch.compile decides itself what is computed again"
     if checkpointing() == "checkpointed" or recomputing():
         return Policy.KEEP, "the host checkpoints the layer"
-    if not policy.checkpoints:
-        return policy, None
+    if policy is Policy.DROP_GATE_UP:
+        return (policy, None) if has_gated_mlp(layer, binding) else (Policy.KEEP, "its MLP is not a gated one")
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     if cache is not None and type(cache).__name__ != "StepCache":
         return Policy.KEEP, "a key/value cache is filled, which a second pass would do again (pass use_cache=False)"
@@ -82,6 +82,13 @@ def effective(policy: Policy, layer: nn.Module, binding: Binding, kwargs: dict[s
         if reason is not None:
             return (Policy.OFFLOAD if policy.offloads else Policy.RESIDUAL), reason
     return policy, None
+
+
+def has_gated_mlp(layer: nn.Module, binding: Binding) -> bool:
+    """Whether the layer's MLP is one whose gate and up can be dropped, and which can run in tiles."""
+    family = binding.family
+    mlp = getattr(layer, family.mlp_name, None)
+    return family.gate is not None and isinstance(mlp, nn.Module) and family.plays(mlp, "mlp")
 
 
 def attention_refusal(layer: nn.Module, binding: Binding) -> str | None:
@@ -125,4 +132,4 @@ def _checkpointed(policy: Policy, fast: FastForward, layer: nn.Module, binding: 
         return checkpoint(forward, x, use_reentrant=False, **more, **kwargs)
 
 
-__all__ = ["attention_refusal", "effective", "offloader", "run"]
+__all__ = ["attention_refusal", "effective", "has_gated_mlp", "offloader", "run"]

@@ -29,7 +29,14 @@ class Handle:
         self.on_device: torch.Tensor | None = on_device  # uint8 [size]
         self.pieces = pieces
         self.event: torch.cuda.Event | None = None  # of the latest copy
-        self._finalizer = weakref.finalize(self, pool.give, pieces)
+        self.owner: torch.cuda.Stream | None = None  # the stream whose memory that copy writes, if it copies in
+        self._pool = pool
+
+    def __del__(self) -> None:
+        """A graph may be dropped while its tensors are still being copied in: their memory must not go before."""
+        if self.event is not None and self.owner is not None:
+            self.owner.wait_event(self.event)
+        self._pool.give(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ class Offloader:
             return
         flat = torch.empty(handle.size, dtype=torch.uint8, device=self.device)
         handle.on_device = flat
+        handle.owner = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self._copy([(part, piece[: len(part)]) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
 
     def wait(self, handle: Handle) -> None:

@@ -219,6 +219,16 @@ def test_where_a_policy_gives_way(device: torch.device) -> None:
     assert "'eager'" in str(reason)
 
 
+@pytest.mark.parametrize("name", ["starcoder 2", "qwen3 moe"])
+def test_only_gated_mlps_drop_gate_and_up(device: torch.device, name: str) -> None:
+    """An MLP without a gate, a mixture of experts: nothing to drop."""
+    if not cases.available(name):
+        pytest.skip(f"this transformers version has no {name}")
+    reasons = Reasons(patched(cases.build(name), device))
+    assert reasons(Policy.DROP_GATE_UP) == (Policy.KEEP, "its MLP is not a gated one")
+    assert reasons(Policy.RESIDUAL) == (Policy.RESIDUAL, None)
+
+
 def test_eager_attention_is_computed_again(device: torch.device) -> None:
     model = patched(models.lora(models.plain("llama", attention="eager")), device)
     same_bits(model, device, OTHERS)
