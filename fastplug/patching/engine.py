@@ -17,6 +17,7 @@ from fastplug.manager import Manager, manager
 from fastplug.ops.table import table_for
 from fastplug.options import Options
 from fastplug.patching import fp8
+from fastplug.patching.adapters import check_adapters
 from fastplug.patching.bind import bind, parameter_names, unbind
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.report import LEFT, PATCHED, REFUSED, Decision, Report
@@ -71,6 +72,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
         logger.warning("fastplug: the model is patched with other options already; call fastplug.undo(model) first")
         return Applied(model, before[0][1].runtime.options)
     device = _device(model)
+    check_adapters(model)
     plugins = manager(options.plugins)
     ops = table_for(device, options.kernels, options.plugins)
     runtime = Runtime(options, ops, plugins.collect("fastplug_codecs"))

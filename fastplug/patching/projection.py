@@ -7,6 +7,7 @@ merges), FSDP2 and ZeRO replace parameters. What is not covered exactly is answe
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -81,38 +82,103 @@ def _adapted(layer: nn.Module, runtime: Runtime) -> Projection | str:
         return "has a merged adapter that is disabled" if layer.merged else projection
     if layer.merged:
         return projection
-    a_of, b_of = layer.lora_A, layer.lora_B
-    active = [name for name in layer.active_adapters if name in a_of]  # type: ignore[operator, union-attr]
+    active = [name for name in layer.active_adapters if name in layer.lora_A]  # type: ignore[operator, union-attr]
     if not active:
         return projection
-    if len(active) > 1:
-        return f"has {len(active)} active adapters"
-    name = active[0]
-    variant = getattr(layer, "lora_variant", None)
-    if (variant is not None and name in variant) or getattr(layer, "use_dora", {}).get(name):  # type: ignore[operator]
-        return "has a LoRA variant (DoRA or another)"
     if getattr(layer, "fan_in_fan_out", False):
         return "stores its weight transposed (fan_in_fan_out)"
     if not getattr(layer, "cast_input_dtype_enabled", True):
         return "has PEFT's input cast disabled"
-    a, b, dropout = a_of[name], b_of[name], layer.lora_dropout[name]  # type: ignore[index]
+    found: list[_Adapter] = []
+    for name in active:
+        adapter = _read_adapter(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        found.append(adapter)
+    return _put(projection, found)
+
+
+class _Adapter(NamedTuple):
+    """One LoRA adapter of a layer, see :class:`Projection`; ``bias`` is that of B, scaled as its product is."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout: float
+    bias: torch.Tensor | None
+    magnitude: torch.Tensor | None
+
+
+def _read_adapter(layer: nn.Module, name: str) -> _Adapter | str:
+    parts: Any = layer
+    a, b, dropout = parts.lora_A[name], parts.lora_B[name], parts.lora_dropout[name]
     for part, what in ((a, "lora_A"), (b, "lora_B")):
-        if type(part) is not nn.Linear or part.bias is not None:
-            return f"has a {what} that is not a plain bias-free linear layer"
-        if not whole(part.weight, 2):
+        if type(part) is not nn.Linear or (part.bias is not None and part is a):
+            return f"has a {what} that is not a plain linear layer"
+        if not whole(part.weight, 2) or not (part.bias is None or whole(part.bias, 1)):
             return f"has a {what} that {SHARDED}"
         reason = intercepted(part)
         if reason is not None:
             return f"has {reason} on its {what}"
+    probability = 0.0
     if type(dropout) is nn.Dropout:
         reason = intercepted(dropout)
         if reason is not None:
             return f"has {reason} on its dropout"
-        projection.dropout = dropout.p if dropout.training else 0.0
+        probability = dropout.p if dropout.training else 0.0
     elif type(dropout) is not nn.Identity:
         return f"has a {type(dropout).__name__} for dropout"
-    projection.a, projection.b = a.weight, b.weight  # type: ignore[union-attr]
-    projection.scaling = float(layer.scaling[name])  # type: ignore[index]
+    magnitude = _read_magnitude(layer, name)
+    if isinstance(magnitude, str):
+        return magnitude
+    if magnitude is not None and b.bias is not None:
+        return "has DoRA and a bias on its lora_B"  # which PEFT takes for a part of the update, in the norm too
+    return _Adapter(a.weight, b.weight, float(parts.scaling[name]), probability, b.bias, magnitude)
+
+
+def _read_magnitude(layer: nn.Module, name: str) -> torch.Tensor | str | None:
+    """DoRA's magnitudes of an adapter, None where it has none, or why it is not covered."""
+    variants = getattr(layer, "lora_variant", None)
+    if variants is None:  # peft < 0.17
+        dora = getattr(layer, "use_dora", {}).get(name, False)
+    else:
+        kind = type(variants[name]).__name__ if name in variants else None
+        if kind not in (None, "DoraLinearVariant"):
+            return f"has the LoRA variant {kind}"
+        dora = kind is not None
+    if not dora:
+        return None
+    part: Any = layer.lora_magnitude_vector[name]  # type: ignore[index]
+    if type(part).__name__ != "DoraLinearLayer" or part.fan_in_fan_out:
+        return f"has a {type(part).__name__} for DoRA"
+    if not whole(part.weight, 1):
+        return f"has magnitudes that {SHARDED}"
+    reason = intercepted(part)
+    magnitudes: torch.Tensor = part.weight
+    return f"has {reason} on its magnitudes" if reason is not None else magnitudes
+
+
+def _put(projection: Projection, adapters: list[_Adapter]) -> Projection | str:
+    """``projection`` with its active adapters: several are one of the sum of their ranks."""
+    first = adapters[0]
+    for adapter in adapters:
+        if adapter.bias is not None:
+            bias = adapter.bias * adapter.scaling
+            projection.bias = bias if projection.bias is None else projection.bias + bias
+    if len(adapters) == 1:
+        if first.magnitude is not None and projection.trained is not None:
+            return "trains the weight beneath its DoRA"
+        projection.a, projection.b, projection.scaling = first.a, first.b, first.scaling
+        projection.dropout, projection.magnitude = first.dropout, first.magnitude
+        return projection
+    if any(adapter.magnitude is not None for adapter in adapters):
+        return f"has {len(adapters)} active adapters, with DoRA"
+    if any(adapter.dropout for adapter in adapters):
+        return f"has {len(adapters)} active adapters that drop their inputs"
+    same = len({adapter.scaling for adapter in adapters}) == 1
+    projection.scaling = first.scaling if same else 1.0
+    projection.a = torch.cat([adapter.a for adapter in adapters])
+    projection.b = torch.cat([adapter.b if same else adapter.b * adapter.scaling for adapter in adapters], dim=1)
     return projection
 
 

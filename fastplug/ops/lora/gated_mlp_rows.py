@@ -70,13 +70,14 @@ def backward(
     if gate_up is None:
         gate_up, rstd, kept = _recomputed(spec, h, norm_weight, kept)
     assert kept is not None
-    gate_up_kept, down_kept = kept
+    gate_up_kept, down_kept = spec.gate_up.knowing(kept[0], gate_up), kept[1]
     gate, up = gate_up.split(spec.widths, dim=-1)
     # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
     hidden, gb = spec.down.input_gradient(g, down_kept, True)
     assert hidden is not None
     compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
     overwrite = overwrite and not compiling and not _has_gradient_room(spec.gate_up, g.device)
+    overwrite = overwrite and not spec.gate_up.output_known
     d_gate_up = gate_up if overwrite else spec.gate_up.gradient_room(len(g), g.device)
     d_gate, d_up = d_gate_up[:, : spec.gate_up.out_features].split(spec.widths, dim=-1)
     d_hidden = hidden

@@ -29,7 +29,13 @@ TOKENS_PER_CHANNEL = 2
 
 
 class Group:
-    """Projections of one tensor x [tokens, in_features], computed in one dtype."""
+    """Projections of one tensor x [tokens, in_features], computed in one dtype.
+
+    Attributes:
+        output_known: Whether a backward of the group reads y, which its node keeps and gives it by :meth:`knowing`.
+    """
+
+    output_known = False
 
     def __init__(
         self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable, fp8: Fp8 | None = None
@@ -77,7 +83,7 @@ class Group:
         """The skinny part of the forward: everything that the backward keeps. Fills the room beside x, if there is."""
         kept = self.adapted.forward(x[:, : self.in_features])
         if x.shape[1] > self.in_features and kept.xa is not None:
-            _fill(x[:, self.in_features :], kept.xa)
+            fill(x[:, self.in_features :], kept.xa)
         return kept
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
@@ -140,7 +146,7 @@ class Group:
             return base if gb is None else self.adapted.add_dx(base, gb, kept), gb
         room = given if given.shape[1] > self.out_features else self._moved(g)
         if room is not None and gb is not None:
-            _fill(room[:, self.out_features :], gb)
+            fill(room[:, self.out_features :], gb)
             return room @ self.decoded(below=kept.a, room=room.shape[1] - self.out_features), gb
         dx = None if gb is None else self.adapted.dx(gb, kept)
         start = dx is not None
@@ -160,6 +166,10 @@ class Group:
             return None
         room[:, : self.out_features].copy_(g)
         return room
+
+    def knowing(self, kept: Kept, output: torch.Tensor) -> Kept:
+        """``kept``, with y [tokens, out_features] where the gradients need it."""
+        return kept
 
     def parameter_gradients(
         self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]
@@ -202,9 +212,9 @@ class Group:
             weight.decode(target, self.ops)
             row += weight.shape[0]
         if beside is not None:
-            _fill(buffer[:, self.in_features :], beside)
+            fill(buffer[:, self.in_features :], beside)
         if below is not None:
-            _fill(buffer[self.out_features :].t(), below.t())
+            fill(buffer[self.out_features :].t(), below.t())
         return buffer
 
     def _weights(self) -> list[tuple[torch.Tensor, slice]]:
@@ -223,7 +233,7 @@ class Group:
         return parts
 
 
-def _fill(room: torch.Tensor, values: torch.Tensor) -> None:
+def fill(room: torch.Tensor, values: torch.Tensor) -> None:
     """Write ``values`` into the first columns of ``room``, zeros into the others."""
     width = values.shape[1]
     room[:, :width].copy_(values)

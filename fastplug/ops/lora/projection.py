@@ -22,21 +22,26 @@ class Kept(NamedTuple):
         a: The stacked A [rank, in_features] in the compute dtype.
         b: The block-diagonal B [out_features, rank] in the compute dtype.
         masks: The dropout masks [tokens, in_features] (bool), one per adapter, None where nothing was dropped.
+        scale, output: Of DoRA, see :class:`fastplug.ops.lora.dora.DoraGroup`: magnitude / norm and norm
+            [2, out_features], and the output before it is scaled [tokens, out_features].
     """
 
     xa: torch.Tensor | None = None
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     masks: tuple[torch.Tensor | None, ...] = ()
+    scale: torch.Tensor | None = None
+    output: torch.Tensor | None = None
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """For ``save_for_backward``."""
-        return (self.xa, self.a, self.b, *self.masks)
+        return (self.xa, self.a, self.b, self.scale, self.output, *self.masks)
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor | None]) -> Kept:
         """From what :meth:`tensors` gave."""
-        return cls(tensors[0], tensors[1], tensors[2], tuple(tensors[3:]))
+        xa, a, b, scale, output, *masks = tensors
+        return cls(xa, a, b, tuple(masks), scale, output)
 
 
 PER_PROJECTION = 4  # weight, bias, A, B: what a projection hands to autograd, see Projection.tensors
@@ -56,6 +61,7 @@ class Projection:
         dropout: The probability with which the adapter's input is dropped; 0 outside training.
         trained: The dense weight if it needs a gradient, else None.
         owner: What the weight belongs to, so that what is derived from it can be found again.
+        magnitude: DoRA's magnitudes [out_features], or None.
     """
 
     read: Callable[[], EncodedWeight]
@@ -67,6 +73,7 @@ class Projection:
     dropout: float = 0.0
     trained: torch.Tensor | None = None
     owner: object = None
+    magnitude: torch.Tensor | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

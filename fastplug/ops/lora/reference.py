@@ -23,3 +23,26 @@ def lora_linear(
     if a is not None and b is not None:
         y = y + F.linear(F.linear(F.dropout(x, dropout), a), b) * scaling
     return y
+
+
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    magnitude: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float = 1.0,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """DoRA: y = c · x W'ᵀ + bias for W' = W + scaling · B A and c = magnitude / ||W'||, a constant but for magnitude.
+
+    Shapes as above, magnitude [out]. With ``mask``, the dropped input's factors [..., in] (0 or 1 / (1 - p)), only the
+    dropped input is scaled and adapted: y = x Wᵀ + bias - d Wᵀ + c · d W'ᵀ with d = x · mask.
+    """
+    updated = weight + scaling * (b @ a)
+    c = magnitude / torch.linalg.vector_norm(updated, dim=1).detach()
+    if mask is None:
+        return F.linear(x, updated * c[:, None], bias)
+    dropped = x * mask
+    return F.linear(x - dropped, weight, bias) + F.linear(dropped, updated) * c

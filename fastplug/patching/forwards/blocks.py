@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastplug.ops.lora.dora import DoraGroup
 from fastplug.ops.lora.group import Group, Projection
 from fastplug.patching.inspection import global_hooks, intercepted
 from fastplug.patching.projection import compute_dtype, read
@@ -30,6 +31,8 @@ def read_group(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, runti
     dtype = compute_dtype(x, [getattr(module, name) for name in names], runtime)
     if isinstance(dtype, str):
         return dtype
+    if any(p.magnitude is not None for p in projections):
+        return DoraGroup(projections, dtype, runtime.ops)
     fp8 = runtime.fp8
     if fp8 is not None and any(p.owner in runtime.exact for p in projections):
         fp8 = None

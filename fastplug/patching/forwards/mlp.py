@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastplug.families import Family
 from fastplug.ops.lora.attention_input import Norm
+from fastplug.ops.lora.dora import DoraGroup
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.linear import lora_linear
@@ -54,6 +55,7 @@ def plan(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor, norm
         return down
     if down.dtype != gate_up.dtype:
         return f"{family.down} computes in {down.dtype}, {family.gate} in {gate_up.dtype}"
+    gate_up.output_known = isinstance(gate_up, DoraGroup)  # the node keeps gate and up
     return GatedMLP(gate_up, down, ACTIVATIONS[activation], norm)
 
 

@@ -1,0 +1,1 @@
+"""The dot products of the columns of two matrices: DoRA's gradient of the magnitudes."""

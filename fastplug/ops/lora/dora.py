@@ -1,0 +1,285 @@
+"""DoRA (Liu et al. 2024, arXiv:2402.09353): a LoRA update whose rows are scaled to trained magnitudes.
+
+With W' = W + s B A, its row norms n = ||W'||, the magnitudes m and c = m / n:
+
+    y = c · z + bias    z = x W'ᵀ = x Wᵀ + s x Aᵀ Bᵀ
+
+n is a constant to autograd (section 4.3 of the paper), so with g the gradient of y:
+
+    dm = (Σ_t g · z) / n    dx = (c · g) W'    dA = (s (c · g) B)ᵀ x    dB = c · gᵀ (s x Aᵀ)
+
+B A is never formed, not for n either:
+
+    n² = ||W||² + 2 s (W Aᵀ) · B + s² (B (A Aᵀ)) · B    row by row, in fp32
+
+The products are those of LoRA. What is new: one pass over z to scale it, one over g and z for dm, one over W (or g) to
+scale dx, and W Aᵀ. ||W||² is kept as long as W is the same. z is kept for dm, unless the node that the group is part of
+keeps y anyway.
+
+With dropout PEFT scales and adapts the dropped input d(x) only, beside the plain product with x:
+
+    y = x Wᵀ + bias - d(x) Wᵀ + c · z    z = d(x) W'ᵀ
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastplug.ops.lora.group import Group, fill
+from fastplug.ops.lora.matmul import mm, undrop
+from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
+from fastplug.ops.table import OpTable
+
+
+class Norms(NamedTuple):
+    """||W||² of a group's rows, and in which dtype, where and of which version its weights were read for it."""
+
+    dtype: torch.dtype
+    state: list[tuple[int, int]]
+    squares: torch.Tensor
+
+
+_norms: weakref.WeakKeyDictionary[object, Norms] = weakref.WeakKeyDictionary()
+
+
+class DoraGroup(Group):
+    """A group of which at least one projection has magnitudes. Its base products are exact, never FP8.
+
+    Attributes:
+        output_known: Whether :meth:`knowing` will give y back to the backward. Then z is not kept, but for dropout.
+    """
+
+    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable) -> None:
+        super().__init__(projections, dtype, ops)
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        return [*super().tensors(), *(p.magnitude for p in self.projections)]
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def adapters(self, x: torch.Tensor) -> Kept:
+        """Also the scales, and z where it is kept."""
+        if self.adapted.dropout:
+            return self._dropped(x)
+        if not self.output_known:
+            return self._scaled(x)[1]
+        kept = super().adapters(x)
+        return kept._replace(scale=self._scales(self._weights(), kept))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+        if self.adapted.dropout:
+            return super().forward(x)
+        z, kept = self._scaled(x)
+        if z is None:
+            return self.products(x, kept), kept
+        y = z.mul_(_row(kept, 0)) if kept.output is None else _times(z, _row(kept, 0))
+        return self._biased(y, 1.0), kept
+
+    def products(
+        self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
+    ) -> torch.Tensor:
+        scale = _row(kept, 0)
+        z = kept.output if kept.output is not None else self._base(x, kept)[0]
+        if out is not None and not self.adapted.dropout:
+            return self._biased(out.addcmul_(z, scale, value=factor), factor)
+        y = _times(z, scale)
+        if self.adapted.dropout:
+            self._add_undropped(y, x[:, : self.in_features], kept)
+        return self._biased(self._added(out, y, factor), factor)
+
+    def knowing(self, kept: Kept, output: torch.Tensor) -> Kept:
+        """``kept`` with y [tokens, out_features], from which z follows."""
+        return kept if self.adapted.dropout else kept._replace(output=output)
+
+    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor | None, Kept]:
+        """z (None where only the scales are needed now) and what the backward keeps."""
+        kept = super().adapters(x)
+        z, scale = self._base(x, kept)
+        kept = kept._replace(scale=scale)
+        return z, kept if self.output_known else kept._replace(output=z)
+
+    def _base(self, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+        """z [tokens, out_features] and (c, n) [2, out_features] fp32, from one reading of the weights."""
+        z = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
+        if x.shape[1] > self.in_features:
+            assert kept.b is not None
+            weight = self.decoded(beside=kept.b, room=x.shape[1] - self.in_features)
+            parts = [(weight[:, : self.in_features], slice(0, self.out_features))]
+            torch.mm(x, weight.t(), out=z)
+        else:
+            parts = self._weights()
+            start = self.adapted.add(z, kept, False, 1.0)
+            for weight, rows in parts:
+                z[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
+        scale = self._scales(parts, kept) if kept.scale is None else kept.scale
+        return z, scale
+
+    def _scales(self, parts: list[tuple[torch.Tensor, slice]], kept: Kept) -> torch.Tensor:
+        """(c, n) [2, out_features] fp32; c and n are 1 in rows without magnitudes."""
+        assert kept.a is not None
+        assert kept.b is not None
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        a, b = kept.a.to(wide), kept.b.to(wide)
+        s = self.adapted.scaling
+        factors = b.new_ones(self.out_features) if s is None else b.new_full((), s)
+        if s is None:
+            for block in self.adapted.blocks:
+                factors[block.rows] = block.projection.scaling
+        wa = b.new_empty(self.out_features, self.adapted.rank)
+        for weight, rows in parts:
+            wa[rows] = mm(weight, kept.a.t(), wide)
+        squares = self._squares(parts, wide).clone()
+        cross = (wa * b).sum(1)
+        update = ((b @ (a @ a.t())) * b).sum(1)
+        n = squares.add_(cross * (2 * factors)).add_(update * factors**2).clamp_min_(0).sqrt_()
+        scale = torch.stack((torch.ones_like(n), n))
+        row = 0
+        for p in self.projections:
+            rows = slice(row, row + p.shape[0])
+            if p.magnitude is None:
+                scale[1, rows] = 1.0
+            else:
+                scale[0, rows] = p.magnitude.detach() / n[rows]
+            row += p.shape[0]
+        return scale
+
+    def _squares(self, parts: list[tuple[torch.Tensor, slice]], wide: torch.dtype) -> torch.Tensor:
+        """||W||² of the rows [out_features]: they are those of frozen weights, and taken again where those change."""
+        owner = self.projections[0].owner
+        stored = [p.read().tensors[0] for p in self.projections]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in stored]
+        known = None if owner is None or torch.compiler.is_compiling() else _norms.get(owner)
+        if known is not None and known.state == state and known.dtype == self.dtype:
+            return known.squares
+        squares = torch.empty(self.out_features, dtype=wide, device=parts[0][0].device)
+        for weight, rows in parts:
+            torch.linalg.vector_norm(weight, dim=1, dtype=wide, out=squares[rows])
+        squares.square_()
+        capturing = squares.is_cuda and torch.cuda.is_current_stream_capturing()  # it would lie in the graph's memory
+        if owner is not None and not capturing and not torch.compiler.is_compiling():
+            _norms[owner] = Norms(self.dtype, state, squares)
+        return squares
+
+    # --- dropout --------------------------------------------------------------------------------------------------
+
+    def _dropped(self, x: torch.Tensor) -> Kept:
+        """With dropout every adapter has an input of its own, so each projection is computed alone."""
+        x = x[:, : self.in_features]
+        kept = super().adapters(x)
+        parts = self._weights()
+        z = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
+        kept = kept._replace(scale=self._scales(parts, kept))
+        self.adapted.add(z.zero_(), kept, True, 1.0)
+        for weight, rows, mask, p in self._each(parts, kept.masks):
+            z[:, rows].addmm_(undrop(x, mask, p.dropout), weight.t())
+        return kept._replace(output=z)
+
+    def _each(
+        self, parts: list[tuple[torch.Tensor, slice]], masks: Sequence[torch.Tensor | None]
+    ) -> list[tuple[torch.Tensor, slice, torch.Tensor | None, Projection]]:
+        """(weight, rows of y, dropout mask, projection) of every projection."""
+        mask_of = {id(block.projection): mask for block, mask in zip(self.adapted.blocks, masks)}
+        found, row = [], 0
+        for p in self.projections:
+            rows = slice(row, row + p.shape[0])
+            weight, whole = next((w, r) for w, r in parts if r.start <= rows.start and rows.stop <= r.stop)
+            found.append((weight[rows.start - whole.start : rows.stop - whole.start], rows, mask_of.get(id(p)), p))
+            row += p.shape[0]
+        return found
+
+    def _add_undropped(self, y: torch.Tensor, x: torch.Tensor, kept: Kept) -> None:
+        for weight, rows, mask, p in self._each(self._weights(), kept.masks):
+            if mask is not None:
+                y[:, rows].addmm_(x - undrop(x, mask, p.dropout), weight.t())
+
+    # --- backward -------------------------------------------------------------------------------------------------
+
+    def input_gradient(
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        scale = _row(kept, 0)
+        given, g = g, g[:, : self.out_features]
+        assert kept.b is not None
+        gb = self.adapted.scaled_gb(g, kept._replace(b=_times(kept.b, scale[:, None])))
+        if not needs_dx:
+            return None, gb
+        assert gb is not None
+        if self.adapted.dropout:
+            return self._dropped_dx(g, gb, kept), gb
+        room = self._extra(len(g), self.out_features, g.device)
+        if not room:
+            dx, scaled = self.adapted.dx(gb, kept), _times(g, scale)
+            for weight, rows in self._weights():
+                dx.addmm_(scaled[:, rows], weight)
+            return dx, gb
+        weight = self.decoded(below=kept.a, room=room)
+        if given.shape[1] > self.out_features and len(g) > self.in_features:
+            weight[: self.out_features].mul_(scale[:, None])  # smaller than g
+        else:
+            given = torch.empty(len(g), self.out_features + room, dtype=self.dtype, device=g.device)
+            torch.mul(g, scale, out=given[:, : self.out_features])
+        fill(given[:, self.out_features :], gb)
+        return given @ weight, gb
+
+    def _dropped_dx(self, g: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
+        scale = _row(kept, 0)
+        dx = self.adapted.dx(gb, kept)
+        for weight, rows, mask, p in self._each(self._weights(), kept.masks):
+            part = g[:, rows]
+            if mask is None:
+                dx.addmm_(_times(part, scale[rows]), weight)
+            else:
+                dx.addmm_(part, weight)
+                dx.add_(undrop(_times(part, scale[rows] - 1) @ weight, mask, p.dropout))
+        return dx
+
+    def parameter_gradients(
+        self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]
+    ) -> Grads:
+        count = PER_PROJECTION * len(self.projections)
+        grads = super().parameter_gradients(g, gb, x, kept, needs[:count])
+        scale, norm = _row(kept, 0), _row(kept, 1)
+        for block in self.adapted.blocks:
+            i = next(i for i, p in enumerate(self.projections) if p is block.projection) * PER_PROJECTION + 3
+            grad = grads[i]
+            if grad is not None:
+                grads[i] = grad.mul_(scale[block.rows, None])
+        grads += [None] * len(self.projections)
+        if any(needs[count:]):
+            self._magnitude_gradients(g[:, : self.out_features], kept, norm, needs[count:], grads)
+        return grads
+
+    def _magnitude_gradients(
+        self, g: torch.Tensor, kept: Kept, norm: torch.Tensor, needs: Sequence[bool], grads: Grads
+    ) -> None:
+        assert kept.output is not None
+        known = self.output_known and not self.adapted.dropout  # then kept.output is y = c z + bias
+        dots = self.ops.column_dots.column_dots(g, kept.output)
+        row = 0
+        for i, p in enumerate(self.projections):
+            rows = slice(row, row + p.shape[0])
+            row += p.shape[0]
+            if p.magnitude is None or not needs[i]:
+                continue
+            part = dots[rows]
+            if known and p.bias is not None:
+                part = part - p.bias.detach() * g[:, rows].sum(0, dtype=part.dtype)
+            part = part / (p.magnitude.detach() if known else norm[rows])
+            grads[PER_PROJECTION * len(self.projections) + i] = part.to(p.magnitude.dtype)
+
+
+def _row(kept: Kept, i: int) -> torch.Tensor:
+    assert kept.scale is not None
+    return kept.scale[i]
+
+
+def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x · scale, computed in the wider dtype and rounded once to that of x."""
+    return torch.mul(x, scale, out=torch.empty_like(x))
+
+
+__all__ = ["DoraGroup"]
