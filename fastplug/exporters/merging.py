@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastplug.exporters.api import ExportError
-from fastplug.exporters.weights import refuse_unreadable
+from fastplug.exporters.weights import codec_of, refuse_unreadable
 
 
 class Update(Protocol):
@@ -201,21 +201,21 @@ def lora_updates(layer: Any, adapters: Sequence[str], name: str) -> dict[str, Up
     if not terms:
         return {}
     base = layer.get_base_layer()
-    weight = base._parameters.get("weight")
     embedding = isinstance(base, nn.Embedding)
-    if weight is None or type(layer).__name__ == "MultiheadAttention" or terms[0].A.dim() != 2:
+    held = base._parameters.get("weight") is not None or codec_of(base) is not None
+    if not held or type(layer).__name__ == "MultiheadAttention" or terms[0].A.dim() != 2:
         raise ExportError(
             f"fastplug: LoRA on {name} ({type(base).__name__}) cannot be merged here: only on linear layers, "
             "embeddings and expert stacks. If PEFT can (model.merge_and_unload()), export the model that it returns"
         )
-    updates: dict[str, Update] = {"weight": LowRank(terms, embedding or bool(layer.fan_in_fan_out))}
+    updates: dict[str, Update] = {"weight": LowRank(terms, embedding or bool(getattr(layer, "fan_in_fan_out", False)))}
     biases = tuple(
         (layer.lora_B[term.adapter].bias, term.scale)
         for term in terms
         if not embedding and getattr(layer.lora_B[term.adapter], "bias", None) is not None
     )
     if biases:
-        if base._parameters.get("bias") is None:
+        if getattr(base, "bias", None) is None:
             raise ExportError(f"fastplug: {name} has lora_bias=True but its base has no bias to merge it into")
         updates["bias"] = BiasSum(biases)
     return updates

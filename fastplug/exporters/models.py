@@ -15,7 +15,10 @@ from fastplug.errors import MissingExtra, ModelError, OptionError
 from fastplug.exporters.api import ExportError
 from fastplug.exporters.tensors import peft_kind
 
-_QUANTIZED_BY = {"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "compressed-tensors"}
+_QUANTIZED_BY = {
+    "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "fbgemm_fp8", "compressed-tensors", "gptq", "awq",
+    "hqq", "torchao",
+}  # fmt: skip
 _8BIT_ACTIVATIONS = ("Linear8bitLt",)
 
 

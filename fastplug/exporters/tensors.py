@@ -20,13 +20,17 @@ from torch import Tensor, nn
 from fastplug.exporters.api import ExportError
 from fastplug.exporters.merging import TokenRows, Update, exact_fp32, expert_updates, lora_updates
 from fastplug.exporters.weights import (
+    decode,
     decode_weight,
-    is_quantized,
+    decoded_dtype,
+    encoded_weight,
+    is_4bit,
     logical_spec,
     refuse_unreadable,
     repacked_for_cpu,
     scale_names,
 )
+from fastplug.quant import EncodedWeight
 
 # Wrappers that add a level of names and nothing else.
 _TRANSPARENT = {"OptimizedModule": "_orig_mod", "CheckpointWrapper": "_checkpoint_wrapped_module"}
@@ -203,8 +207,16 @@ class _Walk:
             raise ExportError(
                 f"fastplug: {name} ({type(module).__name__}) keeps extra state that safetensors cannot hold"
             )
-        if missing := updates.keys() - module._parameters.keys():
+        encoded = encoded_weight(module, name)
+        own = {"weight", "bias"} if encoded is not None else module._parameters.keys()
+        if missing := updates.keys() - own:
             raise ExportError(f"fastplug: {name} has no parameter {missing.pop()!r} of its own to merge into")
+        if encoded is not None:  # all other tensors of the module belong to the encoding
+            self._add_encoded(module, encoded, prefix, updates.get("weight"))
+            bias: Any = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                self._add(module, "bias", bias, f"{prefix}bias", updates.get("bias"), True)
+            return
         scales = scale_names(module)
         for key, parameter in module._parameters.items():
             if parameter is not None and key not in scales:
@@ -216,25 +228,58 @@ class _Walk:
             if child is not None:
                 self.visit(child, f"{prefix}{key}.")
 
+    def _add_encoded(self, module: nn.Module, encoded: EncodedWeight, prefix: str, update: Update | None) -> None:
+        first = encoded.tensors[0]
+        self._append(
+            module, f"{prefix}weight", encoded.shape, decoded_dtype(module), lambda: decode(module, encoded), update,
+            True, quantized=True, linear=not isinstance(module, nn.Embedding),
+            storage=(first.device, first.data_ptr(), first.dtype, encoded.shape),
+        )  # fmt: skip
+
     def _add(
         self, module: nn.Module, key: str, tensor: Tensor, name: str, update: Update | None, parameter: bool
     ) -> None:
-        refuse_unreadable(tensor, name, module)
+        refuse_unreadable(tensor, name)
         shape, stored = logical_spec(tensor)
-        dtype = self._target(name, stored) if parameter else stored
-        linear = name.removesuffix(".weight") if isinstance(module, nn.Linear) and key == "weight" else ""
-        head = id(module) in self._head
-        dtype = torch.float32 if linear and not head and self._exact_linear else dtype
-        originals = self._originals if is_quantized(tensor) else None
         if repacked_for_cpu(tensor):
             self.merge.repacked.append(name)
+        own = key in module._parameters or key in module._buffers
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, shape, tensor.stride())
+
+        def read() -> Tensor:
+            return decode_weight(module, key) if own else tensor.detach()
+
+        self._append(
+            module, name, shape, stored, read, update, parameter, quantized=is_4bit(tensor),
+            linear=isinstance(module, nn.Linear) and key == "weight",
+            storage=place if tensor.numel() else name,
+        )  # fmt: skip
+
+    def _append(
+        self,
+        module: nn.Module,
+        name: str,
+        shape: tuple[int, ...],
+        stored: torch.dtype,
+        decoded: Callable[[], Tensor],
+        update: Update | None,
+        parameter: bool,
+        *,
+        quantized: bool,
+        linear: bool,
+        storage: Hashable,
+    ) -> None:
+        dtype = self._target(name, stored) if parameter else stored
+        head = id(module) in self._head
+        dtype = torch.float32 if linear and not head and self._exact_linear else dtype
+        originals = self._originals if quantized else None
         if update is not None:
             self.merge.merged.append(name)
             if not update.changes():
                 self.merge.unchanged.append(name)
 
         def read() -> Tensor:
-            values = decode_weight(module, key)
+            values = decoded()
             values = values if originals is None else originals.take(name, values)
             if update is None and dtype == values.dtype:
                 return values
@@ -247,10 +292,10 @@ class _Walk:
                 )
             return values
 
-        storage = (tensor.device, tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
         identity = (storage, None if update is None else update.identity)
+        linear_name = name.removesuffix(".weight") if linear else ""
         self.merge.tensors.append(
-            LazyTensor(name, shape, dtype, read, identity, update is not None, parameter, linear, head)
+            LazyTensor(name, shape, dtype, read, identity, update is not None, parameter, linear_name, head)
         )
 
     def _target(self, name: str, stored: torch.dtype) -> torch.dtype:

@@ -1,11 +1,13 @@
-"""Reading a stored weight: plain 16- and 32-bit, bitsandbytes 4-bit and 8-bit, FP8 with scales.
+"""Reading a stored weight: plain 16- and 32-bit, bitsandbytes 4-bit, and every format that has a codec.
 
-Reading never changes the module: no move, no unpacking in place, no cached copy.
+Reading never changes the module: no move, no unpacking in place, no cached copy. That is why bitsandbytes' 4-bit layers
+are not read by their codec, which unpacks what the library has repacked for a CPU.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 
 from fastplug.exporters.api import ExportError
 from fastplug.exporters.safetensors_stream import DTYPES
+from fastplug.manager import manager
+from fastplug.ops.table import table_for
+from fastplug.quant import Codec, EncodedWeight
+from fastplug.quant.fp8 import FP8, fp8
 
 
 def is_4bit(tensor: Tensor) -> bool:
@@ -20,19 +26,9 @@ def is_4bit(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "Params4bit" and getattr(tensor, "quant_state", None) is not None
 
 
-def is_8bit(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a bitsandbytes ``Int8Params`` that holds int8 codes."""
-    return type(tensor).__name__ == "Int8Params" and tensor.dtype == torch.int8
-
-
 def is_fp8(tensor: Tensor) -> bool:
     """Whether ``tensor`` holds 8-bit floats, which stand for values only with their scales."""
     return tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def is_quantized(tensor: Tensor) -> bool:
-    """Whether the values that ``tensor`` stands for have to be decoded."""
-    return is_4bit(tensor) or is_8bit(tensor) or is_fp8(tensor)
 
 
 # transformers' FP8Linear multiplies by weight_scale_inv (in spite of its name), compressed-tensors by weight_scale.
@@ -41,11 +37,70 @@ _OTHER_SCALES = ("activation_scale", "input_scale", "weight_zero_point", "weight
 
 
 def scale_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters and buffers of ``module`` that belong to the encoding of its weight and not to it."""
+    """Names of the parameters and buffers that compressed-tensors leaves in a layer that it decompresses."""
+    return frozenset((*_WEIGHT_SCALES, *_OTHER_SCALES) if hasattr(module, "quantization_scheme") else ())
+
+
+@functools.cache
+def _codecs() -> tuple[Codec, ...]:
+    return tuple(manager().collect("fastplug_codecs"))
+
+
+def codec_of(module: nn.Module) -> Codec | None:
+    """The codec that decodes the weight of ``module``; None where it is plain, in bitsandbytes' 4 bits, or none."""
+    weight: Any = module._parameters.get("weight")
+    wide = weight is not None and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if type(module).__name__ == "Linear4bit" or (wide and type(weight).__name__ in ("Parameter", "Int8Params")):
+        return None
+    return next((codec for codec in reversed(_codecs()) if codec.name != "plain" and codec.matches(module)), None)
+
+
+def encoded_weight(module: nn.Module, name: str) -> EncodedWeight | None:
+    """The weight of ``module`` where it has to be decoded by a codec, else None.
+
+    Raises:
+        ExportError: It cannot be read; ``name``, the module's, is in the message.
+    """
+    codec = codec_of(module)
     weight = module._parameters.get("weight")
-    quantized = weight is not None and is_fp8(weight)
-    # compressed-tensors leaves the scales in place when it decompresses a layer.
-    return frozenset((*_WEIGHT_SCALES, *_OTHER_SCALES) if quantized or hasattr(module, "quantization_scheme") else ())
+    scale = next((getattr(module, key) for key in _WEIGHT_SCALES if getattr(module, key, None) is not None), None)
+    if codec is None and (weight is None or not is_fp8(weight) or scale is None):
+        return None
+    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        refuse_sharded(tensor, f"{name}.{key}")
+    if codec is not None:
+        encoded = codec.read(module)
+    else:  # an embedding, say
+        block: Any = getattr(module, "block_size", None)
+        given: Any = weight
+        encoded = fp8(FP8(), given.detach(), scale.detach(), block)  # type: ignore[union-attr, operator]
+    if isinstance(encoded, str):
+        raise ExportError(
+            f"fastplug: {name} ({type(module).__name__}) cannot be decoded: {encoded}. Load the model again, or merge "
+            "onto the unquantized base instead"
+        )
+    return encoded
+
+
+def decode(module: nn.Module, encoded: EncodedWeight) -> Tensor:
+    """An encoded weight as the forward of ``module`` uses it, in the dtype in which its library multiplies fp32 inputs.
+
+    That is fp32 for formats whose library multiplies in the dtype of its input.
+    """
+    dtype = decoded_dtype(module)
+    device = encoded.tensors[0].device
+    dense = encoded.dense(dtype)
+    if dense is None:
+        dense = torch.empty(encoded.shape, dtype=dtype, device=device)
+        encoded.decode(dense, table_for(device))
+    return dense
+
+
+def decoded_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that :func:`decode` gives."""
+    codec = codec_of(module)
+    found = torch.float32 if codec is None else codec.compute_dtype(module, torch.float32)
+    return torch.float32 if isinstance(found, str) else found
 
 
 def refuse_sharded(tensor: Tensor, name: str) -> None:
@@ -66,22 +121,16 @@ def refuse_sharded(tensor: Tensor, name: str) -> None:
         )
 
 
-def refuse_unreadable(tensor: Tensor, name: str, module: nn.Module | None = None) -> None:
+def refuse_unreadable(tensor: Tensor, name: str) -> None:
     """Raise :class:`ExportError` for a tensor whose values this module cannot read, naming it and the way out."""
     refuse_sharded(tensor, name)
-    if is_4bit(tensor) or is_8bit(tensor) or (is_fp8(tensor) and module is not None and _fp8_scale(module) is not None):
+    if is_4bit(tensor):
         return
-    if name.endswith(".weight_packed"):
-        raise ExportError(
-            f"fastplug: {name} is packed by compressed-tensors; load the model with "
-            "CompressedTensorsConfig(dequantize=True), or merge onto the unquantized base"
-        )
-    plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor).__name__ in ("Params4bit", "Int8Params")
+    plain = type(tensor) in (Tensor, nn.Parameter)
     if not plain or tensor.dtype not in DTYPES or is_fp8(tensor):
         raise ExportError(
             f"fastplug: {name} is a {type(tensor).__name__} of {tensor.dtype}; only plain 16- and 32-bit weights, "
-            "bitsandbytes 4-bit and 8-bit, and FP8 with its scales can be decoded here. Merge onto the unquantized "
-            "base instead"
+            "and those of layers that have a codec can be decoded here. Merge onto the unquantized base instead"
         )
 
 
@@ -91,69 +140,20 @@ def logical_spec(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
         state: Any = tensor.quant_state  # type: ignore[attr-defined]
         dtype = state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
         return tuple(state.shape), dtype
-    return tuple(tensor.shape), torch.float32 if is_8bit(tensor) or is_fp8(tensor) else tensor.dtype
+    return tuple(tensor.shape), tensor.dtype
 
 
 def decode_weight(module: nn.Module, name: str = "weight") -> Tensor:
-    """The values of ``module.<name>`` as its forward uses them.
-
-    Args:
-        module: The module that owns the parameter or buffer.
-        name: Its attribute name.
+    """The values of a parameter or buffer ``module.<name>`` that no codec reads.
 
     Returns:
         A tensor of the logical shape, in the dtype that holds the values exactly: the stored dtype of a plain weight
-        (the stored tensor itself, so do not write into it), the dtype from which a 4-bit weight was quantized
-        (bitsandbytes rounds to it when it decodes), fp32 for an 8-bit one: ``codes * SCB / 127`` (LLM.int8(),
-        arXiv:2208.07339), and for FP8 ``weight * scale`` of its tensor, row or block.
-
-    Raises:
-        ExportError: An 8-bit weight without its scales.
+        (the stored tensor itself, so do not write into it), or the dtype from which a 4-bit weight was quantized
+        (bitsandbytes rounds to it when it decodes).
     """
     tensor: Any = module._parameters.get(name)
     tensor = module._buffers[name] if tensor is None else tensor
-    if is_4bit(tensor):
-        return _decode_4bit(tensor)
-    if is_8bit(tensor):
-        scales = getattr(tensor, "SCB", None)
-        scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
-        if scales is None:
-            raise ExportError(f"fastplug: an 8-bit {type(module).__name__} has no scales (SCB); load the model again")
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        values: Tensor = int8_vectorwise_dequant(tensor.data, scales.to(tensor.device))
-        return values
-    if is_fp8(tensor):
-        return _decode_fp8(module, tensor.detach())
-    return tensor.detach()  # type: ignore[no-any-return]
-
-
-def _fp8_scale(module: nn.Module) -> Tensor | None:
-    found = (getattr(module, name, None) for name in _WEIGHT_SCALES)
-    return next((scale for scale in found if scale is not None), None)
-
-
-def _decode_fp8(module: nn.Module, weight: Tensor) -> Tensor:
-    scale: Any = _fp8_scale(module)
-    scale = scale.detach().to(weight.device).float()
-    values = weight.float()
-    rows, columns = values.shape
-    if scale.numel() == 1 or scale.shape == (rows, 1):
-        return values.mul_(scale)
-    if scale.dim() == 1 and len(scale) == rows:
-        return values.mul_(scale[:, None])
-    block: Any = getattr(module, "block_size", None)
-    if block is None:  # compressed-tensors keeps it in the scheme
-        weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
-        block = getattr(weights, "block_structure", None) or (1, columns // scale.shape[-1])
-    high, wide = block
-    if scale.shape != (-(-rows // high), -(-columns // wide)):
-        raise ExportError(
-            f"fastplug: an FP8 {type(module).__name__} of shape {rows}x{columns} has scales of shape "
-            f"{tuple(scale.shape)} for blocks of {high}x{wide}; load the model again"
-        )
-    expanded = scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
-    return values.mul_(expanded)
+    return _decode_4bit(tensor) if is_4bit(tensor) else tensor.detach()
 
 
 def repacked_for_cpu(tensor: Tensor) -> bool:

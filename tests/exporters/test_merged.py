@@ -386,8 +386,8 @@ def test_tensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"model\.norm\.weight is partitioned"):
         merged_16bit(model, out)
     model = llama()
-    model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(ExportError, match="quantized with gptq"):
+    model.config.quantization_config = {"quant_method": "aqlm"}
+    with pytest.raises(ExportError, match="quantized with aqlm"):
         merged_16bit(model, out)
     with pytest.raises(ModelError, match="not a transformers model"):
         merged_16bit(torch.nn.Linear(2, 2), out)

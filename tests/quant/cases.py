@@ -115,8 +115,8 @@ def rows_truth(layer: Any) -> torch.Tensor:
 # --- compressed-tensors -----------------------------------------------------------------------------------------------
 
 
-def compressed(linear: nn.Linear, **arguments: Any) -> nn.Module:
-    """Quantized by minimum and maximum and compressed by the library."""
+def compressed(linear: nn.Linear, activations: bool = False, **arguments: Any) -> nn.Module:
+    """Quantized by minimum and maximum and compressed by the library, with 8-bit activations or without."""
     from compressed_tensors.compressors.base import compress_module
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
@@ -124,7 +124,8 @@ def compressed(linear: nn.Linear, **arguments: Any) -> nn.Module:
 
     layer = copy.deepcopy(linear).requires_grad_(False)
     args = QuantizationArgs(**arguments)
-    layer.quantization_scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    rounded = QuantizationArgs(num_bits=8, type=args.type, strategy="token", dynamic=True) if activations else None
+    layer.quantization_scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=rounded)
     initialize_module_for_quantization(layer, layer.quantization_scheme)
     weight, outer = layer.weight.detach(), None
     if args.strategy == "tensor_group":
@@ -324,6 +325,8 @@ CASES = {
     ),
 }
 COMPRESSED: dict[str, tuple[dict[str, Any], tuple[tuple[int, int], ...]]] = {
+    "w8a8": ({"num_bits": 8, "strategy": "channel", "activations": True}, ((9, 77),)),
+    "w8a8 zeros": ({"num_bits": 8, "strategy": "channel", "activations": True, "symmetric": False}, ((9, 77),)),
     "int8 rows": ({"num_bits": 8, "strategy": "channel"}, ((9, 77),)),
     "int8 tensor": ({"num_bits": 8, "strategy": "tensor"}, ((9, 77),)),
     "int4 groups": ({"num_bits": 4, "strategy": "group", "group_size": 32}, ((5, 96),)),

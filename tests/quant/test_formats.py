@@ -25,7 +25,7 @@ def config(case: str) -> dict[str, Any]:
     """The ``quantization_config`` of a model whose layers are like those of a case."""
     if case.startswith("compressed"):
         arguments = dict(COMPRESSED[case.removeprefix("compressed ")][0])
-        arguments.pop("scale_dtype", None)
+        arguments = {key: value for key, value in arguments.items() if key not in ("scale_dtype", "activations")}
         group = {"targets": ["re:.*up_proj"], "weights": {"type": "int", "symmetric": True, **arguments}}
         other = {"targets": ["re:.*down_proj"], "weights": {"num_bits": 2, "type": "int", "group_size": 8}}
         return {"quant_method": "compressed-tensors", "config_groups": {"group_0": other, "group_1": group}}

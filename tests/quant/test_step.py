@@ -18,8 +18,9 @@ from tests.quant.cases import CASES, linear, quantized
 pytest.importorskip("peft")
 
 WHOLE = {
-    "bitsandbytes int8", "fp8 blocks", "fp8 rows, compressed", "compressed int4 zeros", "compressed mxfp4",
-    "compressed nvfp4", "gptq, act-order", "awq", "hqq", "hqq axis 0", "torchao int8", "torchao float8",
+    "bitsandbytes int8", "fp8 blocks", "fp8 rows, compressed", "compressed w8a8", "compressed int4 zeros",
+    "compressed mxfp4", "compressed nvfp4", "gptq, act-order", "awq", "hqq", "hqq axis 0", "torchao int8",
+    "torchao float8",
 }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_a_module_of_two_formats_is_read_by_the_format_it_has_now() -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.base import decompress_module
 
-    model, oracle = pair("compressed int8 rows")
+    model, oracle = pair("compressed w8a8")
     fastplug.apply(model)
     truth = step(oracle, models.batch())
     assert_equal(step(model, models.batch()), truth)

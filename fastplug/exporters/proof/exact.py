@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastplug.exporters.merging import exact_fp32
-from fastplug.exporters.weights import decode_weight, is_fp8
+from fastplug.exporters.weights import codec_of, decode, encoded_weight
 from fastplug.patching.bind import MARK
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -32,9 +32,10 @@ def exact_model(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_evaluating(model))
         stack.enter_context(_compute_dtype(model))
         stack.enter_context(_quiet("bitsandbytes"))
+        stack.enter_context(_decoded_layers(model))
         blocks = _blocks(model)
-        inside = {id(tensor) for block in blocks for tensor, _ in _narrow(block)}
-        stack.enter_context(_cast([pair for pair in _narrow(model) if id(pair[0]) not in inside]))
+        inside = {id(tensor) for block in blocks for tensor in _narrow(block)}
+        stack.enter_context(_cast([tensor for tensor in _narrow(model) if id(tensor) not in inside]))
         for block in blocks:
             _cast_while_it_runs(block, stack)
         yield
@@ -55,25 +56,55 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _narrow(module: nn.Module) -> list[tuple[Tensor, nn.Module]]:
-    """Parameters and buffers that are not computed in fp32, each once, with their module.
-
-    16-bit ones, and the weights of FP8 layers, which multiply plainly once their weight is wide.
-    """
-    found: dict[int, tuple[Tensor, nn.Module]] = {}
+def _narrow(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of 16 bits, each once; those of an encoded weight are what it is decoded from."""
+    found: dict[int, Tensor] = {}
     for part in module.modules():
-        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-            if tensor.dtype in _HALF or (is_fp8(tensor) and "FP8Linear" in type(part).__name__):
-                found.setdefault(id(tensor), (tensor, part))
+        if not _is_decoded(part):
+            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                if tensor.dtype in _HALF:
+                    found.setdefault(id(tensor), tensor)
     return list(found.values())
 
 
+def _is_decoded(module: nn.Module) -> bool:
+    """Whether a layer's weight is decoded here, so that it multiplies in fp32; LLM.int8() casts its inputs itself."""
+    return codec_of(module) is not None and type(module).__name__ != "Linear8bitLt"
+
+
 @contextmanager
-def _cast(tensors: Sequence[tuple[Tensor, nn.Module]]) -> Iterator[None]:
-    before = [(tensor, tensor.data) for tensor, _ in tensors]
+def _decoded_layers(model: nn.Module) -> Iterator[None]:
+    """Layers that a codec reads multiply by their decoded weight, in fp32, whatever their library can compute in."""
+
+    def forward(layer: nn.Module, name: str) -> Any:
+        def run(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            encoded = encoded_weight(layer, name)
+            assert encoded is not None
+            bias: Any = getattr(layer, "bias", None)
+            weight = decode(layer, encoded).float()
+            return nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+
+        return run
+
+    layers = [(name, module) for name, module in model.named_modules() if _is_decoded(module)]
+    before = [(module, module.__dict__.get("forward")) for _, module in layers]
     try:
-        for tensor, module in tensors:
-            tensor.data = decode_weight(module) if is_fp8(tensor) else tensor.data.float()
+        for name, module in layers:
+            module.__dict__["forward"] = forward(module, name)
+        yield
+    finally:
+        for module, own in before:
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+@contextmanager
+def _cast(tensors: Sequence[Tensor]) -> Iterator[None]:
+    before = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
         yield
     finally:
         for tensor, data in before:
