@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastplug.layers import quantize, quantize_
+from fastplug.memory.policy import Policy
 from fastplug.ops.column_dots import kernel as column_kernel
 from fastplug.ops.column_dots import reference as column_reference
 from fastplug.ops.lora import group as group_module
@@ -22,6 +23,7 @@ from fastplug.quant.plain import Plain
 from tests import models
 from tests.accuracy import assert_as_accurate
 from tests.engine.step import assert_equal, assert_parity, fallbacks, patched, step
+from tests.memory.under import under
 
 pytest.importorskip("peft")
 
@@ -251,3 +253,17 @@ def test_bf16(batch):
         pairs = [(found[name].double(), grad) for name, grad in truth.items() if grad is not None]
         errors.append(sum(float((mine - true).pow(2).sum()) for mine, true in pairs) ** 0.5)
     assert errors[1] <= 2 * errors[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("policy", list(Policy))
+@pytest.mark.parametrize("tile_rows", [None, 8])
+def test_memory_policies(batch, policy, tile_rows, dropout):
+    """Layers that compute gate and up again, in tiles or whole, or that are checkpointed."""
+    model = dora(models.plain(), lora_dropout=dropout)
+    twin = under(patched(model), policy, tile_rows)
+    if dropout and tile_rows:  # every tile draws its own numbers
+        step(twin, batch)
+        return
+    assert_equal(step(twin, batch), step(model, batch))
+    assert not fallbacks(twin)
