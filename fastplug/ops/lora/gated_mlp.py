@@ -59,9 +59,11 @@ class GatedMLP:
         return any(p.dropout for group in (self.gate_up, self.down) for p in group.projections if p.a is not None)
 
     def tiles(self, rows: int) -> list[slice]:
-        """The rows of each tile, at least one."""
-        size = max(1, min(self.tile_rows or rows, rows))
-        return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
+        """The rows of each tile, at least one tile."""
+        if self.tile_rows is None or rows <= self.tile_rows:
+            return [slice(0, rows)]  # not by a range, which would tie what torch.compile traces to this length
+        size = max(1, self.tile_rows)
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def gated_mlp(
