@@ -144,13 +144,14 @@ def test_exact_arithmetic_leaves_every_bit() -> None:
     applied = fastplug.apply(model)
     state = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     classes = [type(module) for module in model.modules()]
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     ids = torch.arange(3, 20)
     found = LiveRuntime(model).logits(ids)
     assert classes == [type(module) for module in model.modules()]
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == state[name][0]
         assert torch.equal(tensor, state[name][1])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks == [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     applied.undo()
     wide = copy.deepcopy(model).float().eval()
     with torch.no_grad():
