@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastplug.errors import ModelError, OptionError
-from fastplug.memory.budget import amount
+from fastplug.memory.budget import amount, gib
 from fastplug.memory.bytes import OPTIMIZERS
 from fastplug.memory.forecast import Forecast, forecast
 from fastplug.memory.formats import checked
@@ -87,7 +87,10 @@ def plan(
         raise OptionError(f"fastplug: rank must be 0 (train all weights) or more, not {rank}")
     kind, budget = parse(f"{gpu}B" if isinstance(gpu, int) else gpu)
     if headroom is not None:
-        budget -= amount(headroom, "headroom", "write an amount such as '2GiB', or a fraction such as 0.1").of(budget)
+        left = amount(headroom, "headroom", "write an amount such as '2GiB', or a fraction such as 0.1").of(budget)
+        if left >= budget:
+            raise OptionError(f"fastplug: a headroom of {gib(left)} leaves nothing of gpu={gpu!r}, {gib(budget)}")
+        budget -= left
     chosen = tuple(_policy(value) for value in policies) or tuple(Policy)
     shape = shape_of(
         model,

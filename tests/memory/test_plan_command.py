@@ -1,0 +1,222 @@
+"""``fastplug plan`` and ``fastplug.plan``: what they print, and that bad input is one sentence with its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from typer.testing import CliRunner, Result
+
+import fastplug
+from fastplug.cli import app
+from tests import models
+
+GiB = 2**30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a Llama of 1.2 billion parameters, and nothing else."""
+    import transformers
+
+    path = tmp_path_factory.mktemp("llama-1b")
+    transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=True, torch_dtype="bfloat16",
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "180"}).invoke(app, ["plan", *(str(argument) for argument in arguments)])
+
+
+def forecast(*arguments: object) -> dict[str, Any]:
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def error_of(*arguments: object) -> str:
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("fastplug")]
+    return line
+
+
+def test_it_prints_every_policy_and_the_plan(folder: Path) -> None:
+    done = run(folder, "--gpu", "24GiB", "--seq", 4096, "--batch", 2, "--rank", 16, "--quant", "nf4")
+    assert done.exit_code == 0, done.output
+    for word in ("weights", "optimizer", "activations", "logits", "workspace", "keep_attention", "offload", "the plan"):
+        assert word in done.output
+    assert "longest context" in done.output
+    assert "largest batch" in done.output
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_json_says_the_same(folder: Path) -> None:
+    found = forecast(folder, "--gpu", "24GiB", "--seq", 4096, "--batch", 2, "--quant", "nf4")
+    plan = found["plan"]
+    assert plan["total"] == sum(plan["parts"].values()) <= 24 * GiB == plan["budget"]
+    assert len(plan["policies"]) == 16
+    assert set(found["uniform"]) == {
+        "keep",
+        "drop_gate_up",
+        "keep_attention",
+        "residual",
+        "offload_attention",
+        "offload",
+    }
+    assert found["longest_context"] % 64 == 0
+    assert found["longest_context"] > 4096
+    assert found["largest_batch"] > 2
+    # 16 layers of 60.8 million weights at 4.127 bits, a tied embedding of 263 million at 16
+    assert plan["parts"]["weights"] == pytest.approx(16 * 60.8e6 * 4.127 / 8 + 2 * 128256 * 2048, rel=0.01)
+
+
+def test_more_of_anything_needs_more(folder: Path) -> None:
+    def total(*more: object) -> int:
+        return int(forecast(folder, "--gpu", "400GiB", "--seq", 2048, "--policy", "keep", *more)["plan"]["total"])
+
+    base = total("--quant", "nf4")
+    assert base < total("--quant", "nf4", "--rank", 64) < total("--rank", 64)
+    assert base < total("--quant", "nf4-single") < total("--quant", "int8") < total()
+    assert base < total("--quant", "nf4", "--prepared")
+    assert base < total("--quant", "nf4", "--accumulation", 4)
+    assert base < total("--quant", "nf4", "--batch", 2)
+    full = total("--rank", 0)
+    assert full > total("--rank", 0, "--optimizer", "adamw_8bit") > total("--rank", 0, "--optimizer", "sgd")
+
+
+def test_policies_can_be_left_out(folder: Path) -> None:
+    found = forecast(folder, "--gpu", "10GiB", "--seq", 8192, "--batch", 2, "--policy", "keep", "--policy", "residual")
+    assert set(found["plan"]["policies"]) <= {"keep", "residual"}
+    assert set(found["uniform"]) == {"keep", "residual"}
+
+
+def test_headroom_and_host_memory_are_limits(folder: Path) -> None:
+    given = ("--gpu", "6GiB", "--seq", 8192, "--batch", 4, "--quant", "nf4")
+    free = forecast(folder, *given)["plan"]
+    less = forecast(folder, *given, "--headroom", "1GiB")["plan"]
+    assert less["total"] <= less["budget"] == free["budget"] - GiB
+    assert less["ms"] > free["ms"]
+    assert less["host_bytes"] > 0
+    limited = forecast(folder, *given, "--headroom", "1GiB", "--host-memory", "512MiB")["plan"]
+    assert limited["host_bytes"] <= 512 * 2**20
+
+
+def test_a_picture_is_drawn(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = run(folder, "--gpu", "24GiB", "--picture", tmp_path / "plan.png")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_says_its_rank_and_places(tmp_path: Path) -> None:
+    model = models.lora(models.plain("llama"), r=8, target_modules=["q_proj", "v_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    model.get_base_model().config.save_pretrained(tmp_path / "model")
+    found = forecast(tmp_path / "model", "--adapter", tmp_path / "adapter", "--gpu", "4GiB", "--seq", 64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert found["plan"]["parts"]["adapters"] == sum(p.numel() * 4 for p in trained)
+
+
+def test_models_stored_quantized_are_counted_so(folder: Path, tmp_path: Path) -> None:
+    def weights(**stored: Any) -> int:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": stored}), encoding="utf-8")
+        return int(forecast(tmp_path, "--gpu", "80GiB")["plan"]["parts"]["weights"])
+
+    nf4 = int(forecast(folder, "--gpu", "80GiB", "--quant", "nf4")["plan"]["parts"]["weights"])
+    bnb = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert weights(**bnb, bnb_4bit_use_double_quant=True) == nf4 < weights(**bnb)
+    assert weights(quant_method="awq", bits=4) > nf4
+    assert "whose bytes fastplug cannot count" in _unknown(folder, tmp_path)
+
+
+def _unknown(folder: Path, tmp_path: Path) -> str:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values["quantization_config"] = {"quant_method": "spqr", "bits": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return error_of(tmp_path)
+
+
+# --- in Python --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_hand_is_read_and_left_alone() -> None:
+    model = models.lora(models.plain("qwen3"))
+    before = {name: (p.dtype, p.requires_grad, id(type(p))) for name, p in model.named_parameters()}
+    classes = [type(module) for module in model.modules()]
+    found = fastplug.plan(model, gpu="4GiB", sequence=64, batch=2, prepared=True)
+    assert {name: (p.dtype, p.requires_grad, id(type(p))) for name, p in model.named_parameters()} == before
+    assert [type(module) for module in model.modules()] == classes
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert found.plan.parts["weights"] + found.plan.parts["adapters"] == pytest.approx(weights, rel=0.01)
+    assert isinstance(found, fastplug.Forecast)
+    assert isinstance(found.plan, fastplug.Plan)
+    assert fastplug.Plan.from_json(found.plan.to_json()) == found.plan
+
+
+def test_nothing_is_allocated_for_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is built, is built on the meta device."""
+    built: list[Any] = []
+    real = fastplug.memory.shapes.ModelShape.of_model.__func__  # type: ignore[attr-defined]
+
+    def of_model(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        built.append(model)
+        return real(cls, model, *args, **kwargs)
+
+    monkeypatch.setattr(fastplug.memory.shapes.ModelShape, "of_model", classmethod(of_model))
+    fastplug.plan(folder, gpu="24GiB", quant="nf4")
+    (model,) = built
+    assert all(p.device == torch.device("meta") for p in model.parameters())
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_below_the_weights_is_said_in_numbers(folder: Path) -> None:
+    text = error_of(folder, "--gpu", "2GiB")
+    assert "a budget of 2.00 GiB is too small: what is there before the first step" in text
+    assert "weights 2.30 GiB" in text
+
+
+def test_what_would_fit_is_said(folder: Path) -> None:
+    text = error_of(folder, "--gpu", "4GiB", "--seq", 131072, "--batch", 8, "--quant", "nf4")
+    assert "the least that a step needs is" in text
+    assert "what fits is 8 x " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpu", "24"], "24GiB if you mean that"),
+        (["--gpu", "Voodoo"], "RTX 4090"),
+        (["--quant", "nf5"], "nf4, fp4"),
+        (["--optimizer", "adam"], "adamw_8bit"),
+        (["--policy", "everything"], "keep_attention"),
+        (["--dtype", "float8"], "bfloat16"),
+        (["--residual-dtype", "int8"], "bfloat16"),
+        (["--headroom", "much"], "2GiB"),
+        (["--headroom", "200GiB"], "headroom"),
+        (["--host-memory", "0.5"], "64GiB"),
+    ],
+)
+def test_bad_values_are_refused_in_a_sentence(folder: Path, arguments: list[str], expected: str) -> None:
+    assert expected in error_of(folder, *arguments)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read" in error_of(tmp_path)
+    assert "no/such-model" in error_of("no/such-model")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    assert "not a causal language model" in error_of(tmp_path)
+    with pytest.raises(fastplug.ModelError, match="decoder layers"):
+        fastplug.plan(torch.nn.Linear(2, 2))
