@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastplug.errors import OptionError
+from fastplug.layers.half_quadratic import HalfQuadratic
 from fastplug.ops.quantize_4bit import codes, implementation
 from fastplug.quant.bnb4 import BitsAndBytes4
 from fastplug.quant.codec import EncodedWeight
@@ -47,12 +48,17 @@ class BlocksOf4Bits:
         return EncodedWeight(BitsAndBytes4(), tensors, shape, (self.blocksize, codes.NESTED_BLOCKSIZE))
 
 
+FORMATS = (*codes.KINDS, "hqq")
+
+
 def encoder(name: str, blocksize: int = 64, double_quant: bool = True) -> Encoder:
     """What encodes a weight in the format ``name``.
 
     Raises:
         OptionError: There is no such format, or it has no such block size.
     """
+    if name == "hqq":
+        return HalfQuadratic(blocksize)
     if name not in codes.KINDS:
-        raise OptionError(f"fastplug: there is no format {name!r} to quantize to; there are {', '.join(codes.KINDS)}")
+        raise OptionError(f"fastplug: there is no format {name!r} to quantize to; there are {', '.join(FORMATS)}")
     return BlocksOf4Bits(name, blocksize, double_quant)

@@ -25,7 +25,10 @@ from fastplug.quant.codec import EncodedWeight
 from fastplug.sharding import SHARDED, distributed
 
 # What the tensors of a format are called beside the first, which is always ``weight``. Others: ``part1``, ``part2``...
-_NAMES = {"bitsandbytes-4bit": ("absmax", "code", "nested_code", "nested_absmax", "nested_offset")}
+_NAMES = {
+    "bitsandbytes-4bit": ("absmax", "code", "nested_code", "nested_absmax", "nested_offset"),
+    "hqq": ("scale", "zero"),
+}
 
 
 class QuantLinear(nn.Linear):

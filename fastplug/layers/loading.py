@@ -46,13 +46,13 @@ def load(
     Args:
         path: The folder of a model in safetensors files, in 16 or 32 bits or in bitsandbytes' 4 bits, or a model id
             whose files are in the local cache.
-        quant: ``nf4``, ``fp4``, or None to load the weights as they are.
+        quant: ``nf4``, ``fp4``, ``hqq``, or None to load the weights as they are.
         device: Where to. Default: the first GPU, else the CPU.
         dtype: Of what is not quantized, and of the computation. ``auto``: the one in the config.
         skip: Linear layers to leave in ``dtype``; see :func:`fastplug.layers.quantize_`. Default: the output
             embeddings, and what a 4-bit folder says.
         blocksize: Values that share a scale.
-        double_quant: Whether the scales are quantized too.
+        double_quant: Whether the scales of NF4 and FP4 are quantized too.
         options: For the model's constructor: ``attn_implementation``.
 
     Returns:

@@ -64,11 +64,11 @@ def quantize_(
 
     Args:
         model: A model with its weights; they are cast to no other dtype first, so load it in the one to compute in.
-        format: ``nf4`` or ``fp4``.
+        format: ``nf4``, ``fp4`` or ``hqq``.
         skip: Names of layers to leave: full names, names of a parent, or last parts (``lm_head``). Default: the
             output embeddings.
         blocksize: Values that share a scale.
-        double_quant: Whether the scales are quantized too, as in QLoRA.
+        double_quant: Whether the scales of NF4 and FP4 are quantized too, as in QLoRA.
 
     Returns:
         ``model``.
