@@ -10,19 +10,22 @@ within documents, and all else that reads the mask finds the numbers. The hook d
 
 * the step has a mask of the host's or a cache already,
 * the attention is not transformers' own ``sdpa``: FlashAttention 2 takes ``cu_seq_lens_q`` itself,
-* only the positions tell, and the host would not have looked at them (it was asked for a cache): nobody's step means
-  something else with fastplug than without,
+* only the positions tell, and the host would not have looked at them (it was asked for a cache, or never does): a step
+  means the same with fastplug and without,
 * some layer's attention is neither full nor over a sliding window.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
 import logging
 import sys
+import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from fastplug.patching.sites import KEY
 logger = logging.getLogger("fastplug")
 
 CU_SEQLENS, MAX_LENGTH = "cu_seq_lens_q", "max_length_q"
+_warned: set[Any] = set()
 
 
 class DocumentsApart:
@@ -52,11 +56,16 @@ class DocumentsApart:
             return None
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if isinstance(tokens, torch.Tensor) and not torch.compiler.is_compiling() and attention_is_stock(config):
-            documents = _documents(kwargs, tokens)
-            mask = None if documents is None else _mask(backbone, config, documents)
+        if isinstance(tokens, torch.Tensor) and not torch.compiler.is_compiling():
+            reads = _reads_masks(type(backbone))  # type: ignore[arg-type]
+            mask = None
+            if reads.given and attention_is_stock(config) and (given is not None or reads.positions):
+                documents = _documents(kwargs, tokens)
+                mask = None if documents is None else _mask(config, reads, documents)
             if mask is not None:
                 kwargs = {**kwargs, "attention_mask": mask}
+            elif given is not None and not reads.positions:
+                _warn(type(backbone), config)
         return args, kwargs
 
     def __reduce__(self) -> Any:
@@ -74,6 +83,19 @@ def attention_is_stock(config: Any) -> bool:
     function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS["sdpa"]
     stock = sys.modules.get("transformers.integrations.sdpa_attention")
     return stock is not None and function is stock.sdpa_attention_forward
+
+
+def _warn(backbone: type[nn.Module], config: Any) -> None:
+    """Say once that nobody keeps documents apart."""
+    attention = getattr(config, "_attn_implementation", None)
+    if attention in ("sdpa", "eager") and (backbone, attention) not in _warned:
+        _warned.add((backbone, attention))
+        logger.warning(
+            "fastplug: with attention %r, %s does not tell packed documents apart, so they see each other; use "
+            "attn_implementation='flash_attention_2', or batches with padding",
+            attention,
+            backbone.__name__,
+        )
 
 
 def _caches(backbone: nn.Module, config: Any, asked: bool | None) -> bool:
@@ -96,11 +118,8 @@ def _documents(kwargs: dict[str, Any], tokens: torch.Tensor) -> Documents | None
     return Documents.from_positions(positions.expand(rows, -1))
 
 
-def _mask(backbone: nn.Module, config: Any, documents: Documents) -> Any:
+def _mask(config: Any, reads: _Masks, documents: Documents) -> Any:
     """What to give as ``attention_mask``: one mask, one for each kind of layer, or None to leave it to the host."""
-    reads = _reads_masks(type(backbone))  # type: ignore[arg-type]
-    if reads is None:
-        return None
     kinds = set(getattr(config, "layer_types", None) or ())
     if not getattr(config, "is_causal", True) or not kinds <= {"full_attention", "sliding_attention"}:
         return None
@@ -108,25 +127,61 @@ def _mask(backbone: nn.Module, config: Any, documents: Documents) -> Any:
     if window is None or window >= documents.max_length or kinds == {"full_attention"}:
         return DocumentMask(documents)
     if len(kinds) < 2:  # no kinds: transformers takes the window for all layers, where the config has one
-        return DocumentMask(documents, window) if reads != "full" else None
-    if reads != "kinds":
+        return DocumentMask(documents, window) if reads.window else None
+    if not reads.kinds:
         return None
     return {"full_attention": DocumentMask(documents), "sliding_attention": DocumentMask(documents, window)}
 
 
+@dataclass(frozen=True)
+class _Masks:
+    """What a backbone's forward does with masks: whether layers get the one it is given, it looks for documents in the
+    positions, knows windows, and takes a mask for each kind of layer."""
+
+    given: bool
+    positions: bool
+    window: bool
+    kinds: bool
+
+
 @functools.cache
-def _reads_masks(backbone: type[nn.Module]) -> str | None:
-    """Which masks this class's forward takes as they are: ``"full"``, ``"window"``, one for each of the ``"kinds"`` of
-    layers, or None (transformers before 4.53, and backbones that make something else of a mask)."""
+def _reads_masks(backbone: type[nn.Module]) -> _Masks:
+    """Read off the source of the class's forward.
+
+    Layers do not get the mask that is given in transformers before 4.53, nor where the forward makes something of it
+    itself (Falcon's ALiBi).
+    """
     try:
-        source = inspect.getsource(inspect.unwrap(backbone.forward))
-    except (OSError, TypeError):
-        return None
-    if "create_causal_mask" not in source:
-        return None
-    if "isinstance(causal_mask_mapping := attention_mask, dict)" in source:
-        return "kinds"
-    return "window" if "create_sliding_window_causal_mask" in source else "full"
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(backbone.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return _Masks(False, False, False, False)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    reads = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "attention_mask"]
+    handed = [value for value in _given(tree, "attention_mask") if value in reads]
+    kinds = [node.value for node in ast.walk(tree) if isinstance(node, ast.NamedExpr) and node.value in reads]
+    given = "create_causal_mask" in names and len(handed) + len(kinds) == len(reads)
+    positions = any(isinstance(value, ast.Name) and value.id == "position_ids" for value in _given_to_masks(tree))
+    return _Masks(given, positions, "create_sliding_window_causal_mask" in names, bool(kinds))
+
+
+def _given(tree: ast.AST, name: str) -> Iterator[ast.expr]:
+    """The values that go by ``name`` into a call or a dict."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == name:
+            yield node.value
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values):
+                if isinstance(key, ast.Constant) and key.value == name:
+                    yield value
+
+
+def _given_to_masks(tree: ast.AST) -> Iterator[ast.expr]:
+    """The positions that functions which make masks are given, directly or by a dict of arguments."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            yield from _given(node, "position_ids")
+        if isinstance(node, ast.Call) and "mask" in ast.unparse(node.func):
+            yield from _given(node, "position_ids")
 
 
 def backbones(model: nn.Module) -> Iterator[nn.Module]:

@@ -16,10 +16,12 @@ import fastplug
 from fastplug.data import PaddingFreeCollator
 from fastplug.errors import DataError
 from fastplug.ops.document_attention import DocumentMask, Documents
+from fastplug.patching import packed as packed_hook
 from fastplug.patching.packed import DocumentsApart, backbones
 from tests import models
 from tests.data.texts import LENGTHS, documents, on, padded
 from tests.engine.step import assert_equal, fallbacks, patched, relative, step
+from tests.families import cases
 
 pytest.importorskip("peft")
 
@@ -135,6 +137,60 @@ def test_the_same_step_as_transformers_takes(case: str, attention: str, device: 
     assert not fallbacks(twin)
     if device.type == "cpu":
         assert not masks
+
+
+# Family -> whether its backbone takes the lazy mask, and whether transformers looks for documents in its positions.
+OTHERS = {
+    "gemma 2": (False, True),  # eager
+    "gemma 3": (True, True),  # windows by layer
+    "gpt-neox": (True, True),
+    "cohere 2": (True, True),
+    "granite moe": (True, True),
+    "falcon": (False, False),  # makes something of the mask itself, and hears of no bounds
+    "gpt 2": (False, True),
+    "llama 4": (False, True),  # chunked attention
+    "qwen 2.5 vl": (True, False),  # positions of several axes
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions mean what they mean to transformers; bounds keep documents apart where the backbone hears of them."""
+    if not cases.available(name):
+        pytest.skip("this version of transformers has no such family")
+    lazy, looks = OTHERS[name]
+    handed: list[Any] = []
+    read = packed_hook._mask
+    monkeypatch.setattr(packed_hook, "_mask", lambda *args: handed.append(read(*args)) or handed[-1])
+    model = cases.build(name).to(device)
+    theirs = step(model, positions_only(device))
+    twin = copy.deepcopy(model)
+    fastplug.apply(twin)
+    ours = step(twin, positions_only(device))
+    bounded = step(twin, packed(device))
+    assert any(mask is not None for mask in handed) == lazy
+    apart = step(model, on(device, padded(documents()))) if lazy and not looks else theirs
+    for mine, other in ((ours, theirs), (bounded, apart)):
+        assert relative(mine.loss, other.loss) <= BOUND
+        for parameter, gradient in other.gradients.items():
+            if gradient is not None:
+                assert relative(mine.gradients[parameter], gradient) <= BOUND, parameter  # type: ignore[arg-type]
+
+
+def test_it_is_said_once_that_nobody_keeps_documents_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with transformers before 4.53, which looks for documents nowhere but in FlashAttention."""
+    monkeypatch.setattr(packed_hook, "_warned", set())
+    monkeypatch.setattr(packed_hook, "_reads_masks", lambda _: packed_hook._Masks(False, False, False, False))
+    twin = patched(models.lora(models.plain()))
+    for _ in range(2):
+        twin(**packed(torch.device("cpu")))
+    told = [record.message for record in caplog.records if "tell packed documents apart" in record.message]
+    assert told == [
+        "fastplug: with attention 'sdpa', LlamaModel does not tell packed documents apart, so they see each other; use "
+        "attn_implementation='flash_attention_2', or batches with padding"
+    ]
 
 
 def test_without_a_word_about_the_cache_bounds_keep_documents_apart(device: torch.device) -> None:

@@ -74,6 +74,7 @@ def test_bitsandbytes(name: str, kind: str, device: torch.device) -> None:
         assert all(getattr(state, "is_paged", False) for state in large)
 
 
+@pytest.mark.slow  # torchao compiles its update for every shape
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("name", TORCHAO)
 def test_torchao(name: str, kind: str, device: torch.device) -> None:
