@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Samples:
         handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in parents]
         ids = tokens(self.model)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["token_type_ids"] = torch.zeros_like(ids)  # Gemma 3 does not train without
         try:
             with torch.no_grad():
                 try:

@@ -6,6 +6,7 @@ kind where the family mixes kinds.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastplug
 from tests import models
+from tests.engine.step import patched
 
 MIXED: dict[str, Any] = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 HALF: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
@@ -223,12 +226,13 @@ CASES.update(
 # Older versions have attention classes by backend, masks that the layer cuts, losses inside the forward.
 SINCE = {
     "qwen2 moe": "5.0", "olmoe": "5.0", "stablelm": "5.0", "stablelm 2 12b": "5.0", "gemma 2": "4.57",
-    "gemma 3": "4.57", "cohere 2": "4.57", "gemma 3, seeing": "5.0", "llava": "4.57", "mistral 3": "4.57",
+    "gemma 3": "4.57", "cohere 2": "4.57", "gemma 3, seeing": "5.16", "granite moe": "4.57", "nemotron": "5.16",
+    "phi 3.5 moe": "5.0", "qwen 2.5 vl": "5.10", "llava": "4.57", "mistral 3": "4.57",
     "pixtral": "4.57",
 }  # fmt: skip
 OLDEST = {
     "stablelm 2 12b": "5.0", "llama 4": "4.57", "qwen 2.5 vl": "5.0", "qwen 3 vl": "5.0", "gemma 3, seeing": "4.57",
-    "pixtral": "4.57",
+    "pixtral": "4.57", "phi 3.5 moe": "5.0",
 }  # fmt: skip
 for _name in (*SINCE, *OLDEST):
     CASES[_name] = replace(CASES[_name], since=SINCE.get(_name, "4.51"), oldest=OLDEST.get(_name, "4.51"))
@@ -250,6 +254,17 @@ def mixture(name: str) -> bool:
 def complete(name: str) -> bool:
     """Whether the row serves all roles in the installed transformers; else some sites are refused, with the reason."""
     return _reached(CASES[name].since)
+
+
+def fused(name: str, model: Any) -> Any:
+    """A patched copy; every site patched where the row describes this version of transformers."""
+    if complete(name):
+        return patched(model)
+    twin = copy.deepcopy(model)
+    report = fastplug.apply(twin).report
+    assert report.patched
+    assert all(decision.reason for decision in report.refused)
+    return twin
 
 
 def _reached(version: str) -> bool:

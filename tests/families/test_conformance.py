@@ -16,22 +16,11 @@ import torch
 import fastplug
 from fastplug.families import fastplug_families
 from tests import models
-from tests.engine.step import assert_equal, fallbacks, patched, relative, step
+from tests.engine.step import assert_equal, fallbacks, relative, step
 from tests.families import cases
 from tests.families.sweep import distance
 
 NAMES = [name for name in cases.CASES if cases.available(name)]
-
-
-def fused(name: str, model: Any) -> Any:
-    """A patched copy; every site patched where the row describes this version of transformers."""
-    if cases.complete(name):
-        return patched(model)
-    twin = copy.deepcopy(model)
-    report = fastplug.apply(twin).report
-    assert report.patched
-    assert all(decision.reason for decision in report.refused)
-    return twin
 
 
 every_row = pytest.mark.parametrize("name", NAMES)
@@ -48,7 +37,7 @@ def test_every_row_has_a_case() -> None:
 def test_step_is_equal(name: str, kind: str) -> None:
     """On a batch padded on the left, with all sites patched and no call left to an original forward."""
     model = BUILDERS[kind](name)
-    twin = fused(name, model)
+    twin = cases.fused(name, model)
     roles = {decision.role: decision for decision in fastplug.report(twin).patched}
     assert not cases.complete(name) or cases.CASES[name].roles <= roles.keys()
     batch = models.padded("left")
@@ -65,7 +54,7 @@ def test_gradient_checkpointing(name: str) -> None:
     expected = step(model, models.batch(), logits=False)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    twin = fused(name, model)
+    twin = cases.fused(name, model)
     assert_equal(step(twin, models.batch(), logits=False), expected, BOUND)
     assert not fallbacks(twin), fallbacks(twin)
 
@@ -74,7 +63,7 @@ def test_gradient_checkpointing(name: str) -> None:
 def test_cache_and_generation(name: str) -> None:
     """Greedy tokens from a padded prompt; long enough for the fused forwards to run the prompt themselves."""
     model = cases.adapted(name).eval()
-    twin = fused(name, model)
+    twin = cases.fused(name, model)
     prompt = models.batch(2, 70)
     prompt = {"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"].clone()}
     prompt["attention_mask"][0, :9] = 0
@@ -124,7 +113,7 @@ def test_half_precision(name: str, autocast: bool) -> None:
     model = cases.adapted(name)
     truth = step(model, models.batch(), logits=False)
     low = model if autocast else copy.deepcopy(model).to(torch.bfloat16)
-    twin = fused(name, low)
+    twin = cases.fused(name, low)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, theirs = (step(part, models.batch(), logits=False) for part in (twin, low))
     assert deviation(ours, truth) <= 2 * deviation(theirs, truth)
@@ -142,7 +131,7 @@ def test_with_an_image(name: str) -> None:
         batch["image_sizes"] = torch.tensor([[16, 16], [16, 16]])
     if name.startswith("gemma"):
         batch["token_type_ids"] = (batch["input_ids"] == 5).long()
-    twin = fused(name, model)
+    twin = cases.fused(name, model)
     ours, theirs = step(twin, batch), step(model, batch)
     assert relative(ours.loss, theirs.loss) < BOUND
     assert distance(ours, theirs) < BOUND  # the gradient of a key's bias is zero but for rounding
