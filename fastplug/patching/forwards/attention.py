@@ -212,9 +212,10 @@ def attend(
         function = sys.modules[family.module].eager_attention_forward
     else:
         function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[implementation]
-    dropout = attention.attention_dropout if attention.training else 0.0
+    dropout: Any = attention.attention_dropout if attention.training else 0.0
     if type(mask) is DocumentMask and implementation == "sdpa" and _documents_only(q, k, dropout, rest):
-        arguments = (mask.documents, mask.window, attention.scaling)
+        scaling: Any = attention.scaling
+        arguments = (mask.documents, mask.window, scaling)
         if choose(q, *arguments[:2]) == "varlen":
             return keep(document_attention, q, k, v, *arguments), None
         with keeping_sdpa():
