@@ -34,6 +34,7 @@ class Forecast:
         uniform: What it needs if every layer has the same policy, whether or not that fits.
         longest_context: The longest sequence, a multiple of 64, that fits at the plan's batch; 0 if none does.
         largest_batch: The largest batch that fits at the plan's length.
+        longest_host, largest_host: Bytes of host memory that these two need.
         notes: What the reader should know beside the numbers.
     """
 
@@ -41,6 +42,8 @@ class Forecast:
     uniform: dict[Policy, Plan]
     longest_context: int
     largest_batch: int
+    longest_host: int = 0
+    largest_host: int = 0
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,6 +63,8 @@ class Forecast:
             },
             "longest_context": self.longest_context,
             "largest_batch": self.largest_batch,
+            "longest_host": self.longest_host,
+            "largest_host": self.largest_host,
             "notes": list(self.notes),
         }
 
@@ -119,7 +124,12 @@ def forecast(
         for policy in Policy
         if policy in policies and any(_has(layer, policy) for layer in shape.layers)
     }
-    return Forecast(plan, uniform, longest, largest, notes + _notes(shape, batch, length, optimizer))
+    furthest = [
+        best_plan(shape, *size, budget, gpu=gpu, policies=policies, host_budget=host_budget, **given)
+        for size in ((batch, longest or length), (largest or batch, length))
+    ]
+    every = notes + _notes(shape, batch, length, optimizer)
+    return Forecast(plan, uniform, longest, largest, furthest[0].host_bytes, furthest[1].host_bytes, every)
 
 
 def _has(layer: Any, policy: Policy) -> bool:

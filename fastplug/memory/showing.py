@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
 
 GiB = 2**30
 COLUMNS = {
-    "weights": ("weights",),
-    "adapters": ("adapters",),
-    "optimizer": ("optimizer",),
-    "gradients": ("gradients",),
+    "weights": ("weights", "adapters"),
+    "optimizer": ("optimizer", "gradients"),
     "activations": ("activations",),
     "workspace": ("workspace", "step", "fixed"),
-    "reserve, CUDA": ("slack", "context"),
+    "reserve": ("slack", "context"),
 }
 """Column -> the parts of a plan that it sums."""
 
@@ -67,11 +66,14 @@ def forecast_tables(forecast: Forecast) -> Group:
     """Every policy and the plan, a line each, the layers of the plan, and how far the memory reaches."""
     plan = forecast.plan
     title = f"{plan.model}, {plan.batch} x {plan.sequence} tokens, {_gib(plan.budget)}; times as of one {plan.gpu}"
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    table.add_column("layers keep", no_wrap=True)
-    used = [name for name in COLUMNS if any(columns_of(p)[name] for p in (*forecast.uniform.values(), plan))]
-    for name in (*used, "total GiB", "logits", "host", "ms", "tokens/s"):
-        table.add_column(name, justify="right")
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, 0, 0, 1), False
+    table.add_column("GiB where layers", no_wrap=True)
+    every = (*forecast.uniform.values(), plan)
+    used = [name for name in COLUMNS if any(columns_of(p)[name] for p in every)]
+    used += ["total", "logits", "host"] if any(p.host_bytes for p in every) else ["total", "logits"]
+    for name in (*used, "ms", "tokens/s"):
+        table.add_column(name, justify="right", overflow="fold")
     for policy, uniform in forecast.uniform.items():
         table.add_row(policy.value, *_cells(uniform, used), style=None if uniform.fits else "dim")
     table.add_section()
@@ -83,26 +85,32 @@ def forecast_tables(forecast: Forecast) -> Group:
     lines = [
         f"the plan        {runs}",
         f"highest in      {plan.moment}",
+        "optimizer       its states, and the gradients that are there",
         "logits          what head and loss take at their own moment: in the total where that is the highest",
-        f"longest context {forecast.longest_context:,} tokens at a batch of {plan.batch}",
-        f"largest batch   {forecast.largest_batch:,} sequences of {plan.sequence:,} tokens",
+        "reserve         what the allocator holds beyond tensors, and the CUDA context",
+        f"longest context {forecast.longest_context:,} tokens, batch {plan.batch}" + _host(forecast.longest_host),
+        f"largest batch   {forecast.largest_batch:,} x {plan.sequence:,} tokens" + _host(forecast.largest_host),
     ]
     if plan.tile_rows is not None and any(policy.value != "keep" for policy in plan.policies):
         lines.insert(1, f"MLPs            {plan.tile_rows:,} tokens at once in layers that do not keep everything")
     lines += [f"note: {note}" for note in forecast.notes]
     dimmed = any(not uniform.fits for uniform in forecast.uniform.values())
     if dimmed:
-        lines.append("!: more than the budget")
+        lines.append("!               more than the budget")
     return Group(table, *(Text(line) for line in lines))
 
 
 def _cells(plan: Plan, used: list[str]) -> list[str]:
-    columns = columns_of(plan)
+    cells = {name: f"{size / GiB:.2f}" for name, size in columns_of(plan).items()}
+    cells["total"] = f"{plan.total / GiB:.2f}{'' if plan.fits else '!'}"
+    cells["logits"] = f"{plan.logits / GiB:.2f}"
+    cells["host"] = f"{plan.host_bytes / GiB:.1f}" if plan.host_bytes else ""
     tokens = plan.batch * plan.sequence / plan.ms * 1e3 if plan.ms else 0.0
-    total = f"{plan.total / GiB:.2f}{'' if plan.fits else ' !'}"
-    host = f"{plan.host_bytes / GiB:.1f}" if plan.host_bytes else ""
-    logits = f"{plan.logits / GiB:.2f}"
-    return [*(f"{columns[name] / GiB:.2f}" for name in used), total, logits, host, f"{plan.ms:,.0f}", f"{tokens:,.0f}"]
+    return [*(cells[name] for name in used), f"{plan.ms:,.0f}", f"{tokens:,.0f}"]
+
+
+def _host(size: int) -> str:
+    return f", with {size / GiB:.0f} GiB of host memory" if size >= GiB else ""
 
 
 def draw(plans: Mapping[str, Plan], path: str | Path) -> Path:
