@@ -9,6 +9,7 @@ agreed on by all ranks, and are saved with the plans.
 from __future__ import annotations
 
 import statistics
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,11 @@ class Agreed:
     live: int = 1
     ms: dict[Policy, float] = field(default_factory=dict)
     saved: dict[Policy, float] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that other numbers would change; never 0."""
+        return zlib.crc32(repr(self).encode()) + 1
 
     def differs(self, other: Agreed) -> bool:
         """Whether plans from ``other`` may be worth making; small changes are noise."""

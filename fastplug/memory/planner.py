@@ -1,4 +1,4 @@
-"""What one model plans from: budget, measurements, and a plan for each shape of a micro-batch."""
+"""What one model plans from: a plan for each shape of a micro-batch, out of numbers that are renewed now and then."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from torch import nn
 from fastplug.errors import OptionError
 from fastplug.graphs.replay import padded_length
 from fastplug.memory import agreement
-from fastplug.memory.budget import FORCED, amount, gib
-from fastplug.memory.calibration import Agreed, Calibration, Observation
+from fastplug.memory.budget import FORCED, gib
+from fastplug.memory.calibration import Agreed, Observation
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.host_memory import RESERVE, available
 from fastplug.memory.meter import Meter, meter_for
 from fastplug.memory.oom import Room
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
 from fastplug.memory.solve import DoesNotFit, assemble, solve
+from fastplug.memory.stock import Stock, budget_of, of_all
 from fastplug.options import Options
 from fastplug.patching.report import Report
-from fastplug.patching.sites import Site
+from fastplug.patching.sites import KEY, Site
 
 logger = logging.getLogger("fastplug")
-AUTO_HEADROOM = 0.05  # of the device, left free by memory="auto" where the user names no headroom
-CAUTION = 0.8  # of memory that proved not to be needed is planned with
-YOUNG, GROWTH = 4, 96 * 2**20  # in the first forwards, kernels have yet to be loaded into the CUDA context
-SLACK_STEP, SLACK_MOST = 0.02, 0.2  # more is left unplanned when the allocator keeps giving blocks back
+RECORDED = 0.5  # CUDA graphs hold what their layers keep for good: only where a plan needs no more of its budget
 Shape = tuple[int, int]  # batch, and length on the grid
+Costs = tuple[LayerCosts, ...]
 
 
 class Planner:
@@ -57,29 +55,23 @@ class Planner:
         self.plans: dict[Shape, Plan] = {}
         self.agreed: Agreed | None = None
         self.pinned = False  # by the user, or by the checkpoint that the run goes on from
+        self.records = False  # whether layers may be recorded as CUDA graphs
         self.meter: Meter | None = None
+        self.stock: Stock | None = None
         self._model = weakref.ref(model)
+        self._layers = [weakref.ref(site.module) for site, _ in sites]
         self._report = report
         self._reading = Reading(model, sites, options)
-        self._trained = [weakref.ref(p) for p in model.parameters() if p.requires_grad]
-        self._calibration: Calibration | None = None
         self._forwards = 0
         self._urgent = False
-        self._lowered = 0  # bytes by which plans are made smaller since memory ran out
-        self._optimizer_seen = False
-        self._assumed = 0  # bytes of the optimizer's states that are planned for and not there yet
-        self._predicted_peak = 0  # of the plans since the last agreement
-        self._peak_before = (0, 0)
-        self._retries = 0
-        self._costs: dict[Shape, tuple[LayerCosts, ...]] = {}
-        self._fallback: tuple[Plan, tuple[LayerCosts, ...]] | None = None
+        self._costs: dict[Shape, Costs] = {}
         left = sum(not fused for _, fused in sites)
         if left:
             report.notes.append(
                 f"memory={options.memory!r}: {left} of {self.count} decoder layers are not patched as a whole; what "
                 "they keep is the host's business, and the plan is for the others"
             )
-        self._check_weights(next(model.parameters()).device)
+        _check_weights(model, options)
         if options.memory_plan is not None:
             from fastplug.memory.saved_plans import load
 
@@ -97,12 +89,12 @@ class Planner:
 
     def observe(self, index: int) -> Observation | None:
         """Measure the layer whose forward begins now, if this is a forward to measure."""
-        assert self._calibration is not None
+        assert self.stock is not None
         assert self.plan is not None
-        if not self._calibration.watching:
+        if not self.stock.calibration.watching:
             return None
         policy = self.plan.policies[index]
-        return self._calibration.observe(policy, self.estimate(self.plan)[index][policy])
+        return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy])
 
     def estimate(self, plan: Plan) -> tuple[LayerCosts, ...]:
         """The costs that were reasoned for the shape of a plan."""
@@ -138,117 +130,80 @@ class Planner:
 
     def _begin(self, shape: Shape, layer: nn.Module, x: torch.Tensor) -> None:
         """The first layer's forward begins: a plan for this shape."""
-        meter = self._start(x.device)
-        assert self._calibration is not None
+        stock = self._start(x.device)
         self._forwards += 1
-        self._calibration.begin(shape)
+        stock.calibration.begin(shape)
         waiting = self.room.forwards(0)
         group = agreement.group_of(layer)
         if self.pinned and self._urgent:
             self.pinned = False
             self.note("the saved plan ran out of memory and is followed no more")
+        due = agreement.due(self._forwards)
+        if due and group is not None:
+            self._agree_on_pins(x.device, group)
         urgent = group is None and (self._urgent or (self.agreed is not None and waiting >= self.agreed.live))
-        if self.agreed is None or (not self.pinned and (agreement.due(self._forwards) or urgent)):
-            self._renew(meter, x, waiting, group)
+        if self.agreed is None or (not self.pinned and (due or urgent)):
+            if self._urgent:
+                self._forget_recordings()
+            elif due:
+                stock.lowered //= 2  # what was missing may be there again
+            self._urgent = False
+            agreed = of_all(stock.take(self.agreed, x, waiting, self._forwards), x.device, group)
+            if self.agreed is None or agreed.differs(self.agreed):
+                self.agreed = agreed
+                self.plans.clear()
+                self._release()  # blocks of the sizes that the last plans needed
+        if due:
+            self._limit(stock.meter)
         if shape not in self.plans:
             self.plans[shape] = self._make(shape)
         elif shape not in self._costs:  # a saved plan
             self._costs[shape] = dict(self._reading.estimates(*shape))[self.plans[shape].tile_rows].layers
-        plan = self.plans[shape]
-        if plan is not self.plan:
-            self.plan = plan
-        self._predicted_peak = max(self._predicted_peak, plan.allocated)
+        self.plan = plan = self.plans[shape]
+        self.records = self.options.memory in FORCED or plan.total <= RECORDED * plan.budget
+        stock.predicted = max(stock.predicted, plan.allocated)
 
-    def _start(self, device: torch.device) -> Meter:
-        """The meter of the device that the layers run on, from the first forward on."""
+    def _agree_on_pins(self, device: torch.device, group: Any) -> None:
+        """Follow saved plans where all ranks have the same ones; every rank must call this."""
+        mine = float(self.agreed.fingerprint) if self.pinned and self.agreed is not None else 0.0
+        most, least = agreement.highest([mine, -mine], device, group)
+        if most != -least and self.pinned:
+            self.note(
+                "another rank does not have the same saved plan, or ran out of memory by it, so new ones are made"
+            )
+        self.pinned = self.pinned and most == -least
+
+    def _start(self, device: torch.device) -> Stock:
+        """The books of the device that the layers run on, from the first forward on."""
+        if self.stock is not None:
+            return self.stock
+        model = self._model()
+        assert model is not None
+        self.meter = self.meter or meter_for(device, model)
         if self.meter is None:
-            model = self._model()
-            assert model is not None
-            self.meter = meter_for(device, model)
-            if self.meter is None:
-                self.off = f"fastplug cannot read the memory of {device}, so nothing is planned"
-                self.note(self.off)
-                raise OptionError(f"fastplug: memory={self.options.memory!r}: {self.off}; leave memory= out")
-        if self._calibration is None:
-            self._calibration = Calibration(self.meter)
-            self._retries = self.meter.retries()
-            self._reading.read(device)
-            self.meter.release()  # what loading and quantizing left in the cache
-        return self.meter
+            self.off = f"fastplug cannot read the memory of {device.type} devices"
+            raise OptionError(f"fastplug: memory={self.options.memory!r}: {self.off}; leave memory= out")
+        self._reading.read(device)
+        self._release()  # what loading and quantizing left in the cache
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.stock = Stock(self.options, self.meter, self.room, trained, self._reading.optimizer_bytes())
+        return self.stock
 
-    def _renew(self, meter: Meter, x: torch.Tensor, waiting: int, group: Any) -> None:
-        """Take the present numbers, those of the rank that has least; forget the plans if that changes much."""
-        assert self._calibration is not None
-        if not self._urgent:
-            self._lowered //= 2  # what was missing may be there again
-        self._urgent = False
-        gradients = self._gradient_bytes()
-        held = sum(record.held for record in self.room.records())
-        fixed = meter.allocated() - gradients - x.numel() * x.element_size() - held
-        extra = self._extra(meter)
-        # A backward ran and its gradients are gone: an optimizer has stepped, and its states are allocated.
-        self._optimizer_seen |= self.room.backwards > 0 and not gradients
-        self._assumed = 0 if self._optimizer_seen else self._reading.optimizer_bytes()
-        young = x.is_cuda and self._forwards < YOUNG
-        local = Agreed(
-            available=self._available(meter),
-            context=meter.context() + (GROWTH if young else 0),
-            fixed=max(fixed, 0) + self._assumed,
-            extra=extra,
-            slack=self._slack(meter),
-            host=max(0, (available() or 0) - RESERVE),
-            accumulating=gradients > 0 or (self.agreed is not None and self.agreed.accumulating),
-            live=max(waiting + 1, 1 if self.agreed is None else self.agreed.live),
-            ms=self._calibration.ms(),
-            saved=self._calibration.saved(),
-        )
-        agreed = _of_all(local, x.device, group)
-        self._predicted_peak = 0
-        if self.agreed is None or agreed.differs(self.agreed):
-            self.agreed = agreed
-            self.plans.clear()
-            meter.release()  # blocks of the sizes that the last plan needed
-        if amount_of(self.options) is not None:
-            meter.limit(amount_of(self.options, meter.total()) - agreed.context)  # type: ignore[operator]
-
-    def _available(self, meter: Meter) -> int:
-        """Bytes that a step may take, context included."""
-        total = meter.total()
-        now = meter.free() + meter.reserved() + meter.context()  # other processes left out
-        headroom = self.options.headroom
-        if self.options.memory in ("auto", *FORCED):
-            left = AUTO_HEADROOM * total if headroom is None else amount(headroom).of(total)
-            size = now - left
-        else:
-            asked = amount_of(self.options, total)
-            assert asked is not None
-            left = 0 if headroom is None else amount(headroom).of(total)
-            size = min(asked - left, now)
-        return int(size) - self._lowered
-
-    def _extra(self, meter: Meter) -> int:
-        """How far the highest mark was off the plans since the last agreement, where there is a new one."""
-        peak = meter.peak()
-        before, self._peak_before = self._peak_before, peak
-        known = 0 if self.agreed is None else self.agreed.extra
-        if self.agreed is None or peak[0] <= before[0] or not self._predicted_peak or before == (0, 0):
-            return known
-        found = peak[0] - (self._predicted_peak - self._assumed)
-        return known + (found if found > 0 else int(found * CAUTION))
-
-    def _slack(self, meter: Meter) -> float:
-        known = Agreed.slack if self.agreed is None else self.agreed.slack
-        retries, self._retries = meter.retries() - self._retries, meter.retries()
-        return min(known + SLACK_STEP, SLACK_MOST) if self.agreed is not None and retries > 0 else known
+    def _limit(self, meter: Meter) -> None:
+        """Hold the allocator to a budget that the user named."""
+        asked = budget_of(self.options, meter.total())
+        if asked is not None and self.agreed is not None:
+            meter.limit(asked - self.agreed.context)
 
     def _make(self, shape: Shape) -> Plan:
         """The plan for a shape: a function of that and of what was agreed on."""
-        assert self.agreed is not None
         agreed = self.agreed
+        assert agreed is not None
         fixed = {"model and optimizer": agreed.fixed + agreed.extra}
         forced = {"keep": Policy.KEEP, "full": Policy.RESIDUAL}.get(str(self.options.memory))
-        best: tuple[Plan, tuple[LayerCosts, ...]] | None = None
-        failed: DoesNotFit | None = None
+        found: list[tuple[Plan, Costs]] = []
+        least: list[tuple[Plan, Costs]] = []
+        errors: list[DoesNotFit] = []
         for rows, reasoned in self._reading.estimates(*shape):
             layers = agreed.apply(reasoned.layers)
             more: dict[str, Any] = {
@@ -260,71 +215,56 @@ class Planner:
                 "batch": shape[0],
                 "sequence": shape[1],
             }
+
+            def given(policies: list[Policy]) -> Plan:
+                return assemble(layers, policies, fixed, agreed.available, **more)  # noqa: B023
+
             try:
                 if forced is not None:
-                    policies = [forced if forced in layer.policies else Policy.KEEP for layer in layers]
-                    made = assemble(layers, policies, fixed, agreed.available, **more)
+                    made = given([forced if forced in layer.policies else Policy.KEEP for layer in layers])
                 else:
                     made = solve(layers, fixed, agreed.available, host_budget=agreed.host, **more)
             except DoesNotFit as error:
-                failed = error if failed is None or error.least < failed.least else failed
-                if self._forwards > 1 and best is None:  # a longer batch came: try with the least there is
-                    least = [_least(layer) for layer in layers]
-                    made = assemble(layers, least, fixed, agreed.available, **more)
-                    if self._fallback is None or made.total < self._fallback[0].total:
-                        self._fallback = replace(made, tile_rows=rows), reasoned.layers
+                errors.append(error)
+                least.append((replace(given([_least(layer) for layer in layers]), tile_rows=rows), reasoned.layers))
                 continue
-            if best is None or made.ms < best[0].ms:
-                best = replace(made, tile_rows=rows), reasoned.layers
+            found.append((replace(made, tile_rows=rows), reasoned.layers))
             if forced is not None or set(made.policies) == {Policy.KEEP}:
                 break
-        if best is None:
-            assert failed is not None
-            if self._fallback is None:
-                raise failed
-            best, self._fallback = self._fallback, None
-            self.note(f"{str(failed).removeprefix('fastplug: ')}; the step goes on with the least that layers can keep")
-        self._costs[shape] = best[1]
-        return best[0]
+        if not found:
+            nearest = min(errors, key=lambda failed: failed.least)
+            if self._forwards == 1:
+                raise nearest
+            found = [min(least, key=lambda pair: pair[0].total)]
+            why = str(nearest).removeprefix("fastplug: ")
+            self.note(f"{why}; the step goes on with the least that layers can keep")
+        plan, self._costs[shape] = min(found, key=lambda pair: pair[0].ms)
+        return plan
 
     # --- memory ran out ---
 
     def _ran_out(self, missing: int) -> None:
         """Plan less from the next forward on."""
-        if self.agreed is None:
+        if self.agreed is None or self.stock is None:
             return
-        self._lowered += max(missing, self.agreed.available // 100)
+        self.stock.lowered += max(missing, self.agreed.available // 100)
         self._urgent = True
         self.note(
-            f"a step ran out of memory at {gib(self.meter.reserved()) if self.meter else ''} reserved; "
-            "what layers kept was dropped and computed again, and the next plans are smaller"
+            f"a step ran out of memory at {gib(self.stock.meter.reserved())} reserved; what layers kept was dropped "
+            "and computed again, and the next plans are smaller"
         )
 
-    # --- around ---
+    def _forget_recordings(self) -> None:
+        for reference in self._layers:
+            layer = reference()
+            if layer is not None and KEY in layer.__dict__:
+                layer.__dict__[KEY].graphs = None
 
     def _release(self) -> None:
         if self.meter is not None:
             self.meter.release()
 
-    def _gradient_bytes(self) -> int:
-        found = [p.grad for p in (reference() for reference in self._trained) if p is not None and p.grad is not None]
-        return sum(grad.numel() * grad.element_size() for grad in found)
-
-    def _check_weights(self, device: torch.device) -> None:
-        """Raise ``OptionError`` if the weights alone are larger than the budget."""
-        model = self._model()
-        meter = None if model is None or device.type == "meta" else meter_for(device, model)
-        if meter is None or model is None or amount_of(self.options) is None:
-            return
-        asked = amount_of(self.options, meter.total())
-        weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-        assert asked is not None
-        if weights + meter.context() > asked:
-            raise OptionError(
-                f"fastplug: memory={self.options.memory!r} is {gib(asked)}, and the weights of {type(model).__name__} "
-                f"alone take {gib(weights)}, beside {gib(meter.context())} of the CUDA context; give a larger budget "
-                "or load the weights in a smaller format"
-            )
+    # --- around ---
 
     def close(self) -> None:
         """Give back the allocator's limit."""
@@ -346,40 +286,25 @@ class Planner:
         return found
 
 
-def amount_of(options: Options, total: int = 0) -> int | None:
-    """The bytes that the user named as a budget, on a device of ``total`` bytes; None for "auto", "keep" and "full"."""
-    return None if options.memory in ("auto", *FORCED) else amount(options.memory).of(total)
-
-
 def _least(layer: LayerCosts) -> Policy:
     """The policy under which a layer keeps least on the device."""
     return min(layer.policies, key=lambda policy: layer[policy].saved)
 
 
-def _of_all(local: Agreed, device: torch.device, group: Any) -> Agreed:
-    """The numbers of the rank that has least room, which are the same on all ranks then."""
-    if group is None:
-        return local
-    policies = list(Policy)
-    values = [
-        -local.available, local.context, local.fixed, local.extra, local.slack, -local.host, local.accumulating,
-        local.live, *(local.ms.get(p, 0.0) for p in policies), *(local.saved.get(p, 0.0) for p in policies),
-    ]  # fmt: skip
-    found = agreement.highest([float(value) for value in values], device, group)
-    ratios = found[8:]
-    ms, saved = ratios[: len(policies)], ratios[len(policies) :]
-    return Agreed(
-        available=int(-found[0]),
-        context=int(found[1]),
-        fixed=int(found[2]),
-        extra=int(found[3]),
-        slack=found[4],
-        host=int(-found[5]),
-        accumulating=bool(found[6]),
-        live=int(found[7]),
-        ms={p: ratio for p, ratio in zip(policies, ms) if ratio},
-        saved={p: ratio for p, ratio in zip(policies, saved) if ratio},
-    )
+def _check_weights(model: nn.Module, options: Options) -> None:
+    """Raise ``OptionError`` if the weights alone are larger than the budget."""
+    device = next(model.parameters()).device
+    meter = None if device.type == "meta" else meter_for(device, model)
+    asked = None if meter is None else budget_of(options, meter.total())
+    if meter is None or asked is None:
+        return
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    if weights + meter.context() > asked:
+        raise OptionError(
+            f"fastplug: memory={options.memory!r} is {gib(asked)}, and the weights of {type(model).__name__} alone "
+            f"take {gib(weights)}, beside {gib(meter.context())} of the CUDA context; give a larger budget or load "
+            "the weights in a smaller format"
+        )
 
 
-__all__ = ["Planner", "amount_of"]
+__all__ = ["Planner"]

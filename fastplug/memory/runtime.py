@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastplug.memory.checkpoint import offloader, run
-from fastplug.memory.oom import Fetch, guarded
+from fastplug.memory.node import Fetch, guarded
 from fastplug.memory.planner import Planner
 from fastplug.memory.policy import Policy
 from fastplug.memory.takeover import pass_on, permitted, switched_by
@@ -76,6 +76,8 @@ def _run(
     if state.uncovered and _permission(layer, state):
         return run(Policy.RESIDUAL, fast, layer, binding, hidden_states=x, **kwargs)
     tile_rows = planner.tile_rows
+    if not planner.records:
+        fast = getattr(fast, "__wrapped__", fast)
 
     def compute(x: torch.Tensor) -> Any:
         return run(policy, fast, layer, binding, tile_rows=tile_rows, hidden_states=x, **kwargs)
@@ -84,7 +86,8 @@ def _run(
         return fast(layer, binding, hidden_states=x, **kwargs)
 
     seen = planner.observe(state.index)
-    if _guards(layer, binding, kwargs):
+    recorded = planner.records and binding.graphs is not None and bool(binding.graphs.graphs)
+    if not recorded and _guards(layer, binding, kwargs):  # what CUDA graphs hold cannot be dropped
         observe = None if seen is None else seen.backward
         result = guarded(
             planner.room,

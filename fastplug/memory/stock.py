@@ -1,0 +1,143 @@
+"""Taking stock: the numbers of this rank that a plan follows from, as they are when a forward begins."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fastplug.memory import agreement
+from fastplug.memory.budget import FORCED, amount
+from fastplug.memory.calibration import Agreed, Calibration
+from fastplug.memory.host_memory import RESERVE, available
+from fastplug.memory.meter import Meter
+from fastplug.memory.oom import Room
+from fastplug.memory.policy import Policy
+from fastplug.options import Options
+
+AUTO_HEADROOM = 0.05  # of the device, left free by memory="auto" where the user names no headroom
+CAUTION = 0.8  # of memory that proved not to be needed is planned with
+YOUNG, GROWTH = 4, 96 * 2**20  # in the first forwards, kernels have yet to be loaded into the CUDA context
+SLACK_STEP, SLACK_MOST = 0.02, 0.2  # more is left unplanned when the allocator keeps giving blocks back
+
+
+class Stock:
+    """What one rank has.
+
+    Args:
+        options: With ``memory`` set.
+        meter: The device's memory.
+        room: What waits for its backward.
+        trained: The parameters that get gradients.
+        optimizer_bytes: Of the states that an optimizer will have once it has stepped.
+    """
+
+    def __init__(
+        self, options: Options, meter: Meter, room: Room, trained: Iterable[nn.Parameter], optimizer_bytes: int
+    ) -> None:
+        self.options, self.meter, self.room = options, meter, room
+        self.calibration = Calibration(meter)
+        self.lowered = 0  # bytes by which plans are made smaller since memory ran out
+        self.predicted = 0  # the highest allocation that the plans since the last agreement foretold
+        self._trained = [weakref.ref(p) for p in trained]
+        self._optimizer_bytes = optimizer_bytes
+        self._optimizer_seen = False
+        self._assumed = 0  # bytes of the optimizer's states that are planned for and not there yet
+        self._peak_before = (0, 0)
+        self._retries = meter.retries()
+
+    def take(self, known: Agreed | None, x: torch.Tensor, waiting: int, forwards: int) -> Agreed:
+        """The present numbers.
+
+        Args:
+            known: Those that were agreed on last.
+            x: The input of the first layer, whose forward begins.
+            waiting: How many forwards wait for their backward.
+            forwards: How many there were, this one included.
+        """
+        meter = self.meter
+        gradients = self._gradients()
+        held = sum(record.held for record in self.room.records())
+        fixed = max(meter.allocated() - gradients - x.numel() * x.element_size() - held, 0)
+        extra = self._extra(known)
+        # A backward ran and its gradients are gone: an optimizer has stepped, and its states are allocated.
+        self._optimizer_seen |= self.room.backwards > 0 and not gradients
+        self._assumed = 0 if self._optimizer_seen else self._optimizer_bytes
+        self.predicted = 0
+        young = x.is_cuda and forwards < YOUNG
+        return Agreed(
+            available=self._available() - self.lowered,
+            context=meter.context() + (GROWTH if young else 0),
+            fixed=fixed + self._assumed,
+            extra=extra,
+            slack=self._slack(known),
+            host=max(0, (available() or 0) - RESERVE),
+            accumulating=gradients > 0 or (known is not None and known.accumulating),
+            live=max(waiting + 1, 1 if known is None else known.live),
+            ms=self.calibration.ms(),
+            saved=self.calibration.saved(),
+        )
+
+    def _available(self) -> int:
+        """Bytes that a step may take, context included."""
+        total = self.meter.total()
+        now = self.meter.free() + self.meter.reserved() + self.meter.context()  # what others have left out
+        headroom, asked = self.options.headroom, budget_of(self.options, total)
+        left = 0 if headroom is None else amount(headroom).of(total)
+        if asked is not None:
+            return min(asked - left, now)
+        return now - (int(AUTO_HEADROOM * total) if headroom is None else left)
+
+    def _extra(self, known: Agreed | None) -> int:
+        """How far the highest mark was off the plans since the last agreement, where there is a new one."""
+        peak = self.meter.peak()
+        before, self._peak_before = self._peak_before, peak
+        so_far = 0 if known is None else known.extra
+        if known is None or peak[0] <= before[0] or not self.predicted or before == (0, 0):
+            return so_far
+        found = peak[0] - (self.predicted - self._assumed)
+        return so_far + (found if found > 0 else int(found * CAUTION))
+
+    def _slack(self, known: Agreed | None) -> float:
+        so_far = Agreed.slack if known is None else known.slack
+        retries, self._retries = self.meter.retries() - self._retries, self.meter.retries()
+        return min(so_far + SLACK_STEP, SLACK_MOST) if known is not None and retries > 0 else so_far
+
+    def _gradients(self) -> int:
+        found = [p.grad for p in (reference() for reference in self._trained) if p is not None and p.grad is not None]
+        return sum(grad.numel() * grad.element_size() for grad in found)
+
+
+def budget_of(options: Options, total: int) -> int | None:
+    """The bytes that the user named, on a device of ``total`` bytes; None for "auto", "keep" and "full"."""
+    return None if options.memory in ("auto", *FORCED) else amount(options.memory).of(total)
+
+
+def of_all(local: Agreed, device: torch.device, group: object) -> Agreed:
+    """The numbers of the rank that has least room, which are the same on all ranks of the group then."""
+    if group is None:
+        return local
+    policies = list(Policy)
+    values = [
+        -local.available, local.context, local.fixed, local.extra, local.slack, -local.host, local.accumulating,
+        local.live, *(local.ms.get(p, 0.0) for p in policies), *(local.saved.get(p, 0.0) for p in policies),
+    ]  # fmt: skip
+    found = agreement.highest([float(value) for value in values], device, group)
+    ms, saved = found[8 : 8 + len(policies)], found[8 + len(policies) :]
+    return Agreed(
+        available=int(-found[0]),
+        context=int(found[1]),
+        fixed=int(found[2]),
+        extra=int(found[3]),
+        slack=found[4],
+        host=int(-found[5]),
+        accumulating=bool(found[6]),
+        live=int(found[7]),
+        ms={p: ratio for p, ratio in zip(policies, ms) if ratio},
+        saved={p: ratio for p, ratio in zip(policies, saved) if ratio},
+    )
+
+
+__all__ = ["Stock", "budget_of", "of_all"]
