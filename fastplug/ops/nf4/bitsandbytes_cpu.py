@@ -59,6 +59,9 @@ def decode(
 ) -> None:
     """As :func:`fastplug.ops.nf4.reference.decode`."""
     rows, columns = out.shape
+    if torch.compiler.is_compiling():  # which code it is can be seen in its values only, and those a trace has not
+        reference.decode(packed, absmax, code, blocksize, out, nested=nested, row_start=row_start)
+        return
     kind = next((kind for kind, known in _kinds() if torch.equal(known, code)), None)
     if kind is None or columns % blocksize or blocksize > LARGEST_BLOCK or out.dtype not in DTYPES or not rows:
         reference.decode(packed, absmax, code, blocksize, out, nested=nested, row_start=row_start)
@@ -68,8 +71,7 @@ def decode(
     part = packed.reshape(-1)[start // 2 : (start + count) // 2]
     scale = _scales(absmax, nested)[start // blocksize : (start + count) // blocksize]
     decoded = _op()(part, scale.contiguous(), blocksize, kind, (rows, columns), out.dtype)
-    whole = out.untyped_storage().nbytes() == decoded.nbytes and not out._is_view()
-    if whole and not torch.compiler.is_compiling():
+    if out.untyped_storage().nbytes() == decoded.nbytes and not out._is_view():
         out.set_(decoded)  # nobody else holds its memory: copying takes nearly as long as decoding
     else:
         out.copy_(decoded)
