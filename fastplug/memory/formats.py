@@ -54,7 +54,7 @@ def stored_bytes(linear: Any) -> int:
 
     A 4-bit weight that was never quantized, as on the meta device, counts as what it will be.
     """
-    weight = linear.weight
+    weight = getattr(linear, "weight", None)  # HQQ's and AWQ's layers have none
     own = [*linear.parameters(recurse=False), *linear.buffers(recurse=False)]
     state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
     kind = getattr(weight, "quant_type", None)

@@ -388,14 +388,14 @@ class _Reader:
         inner = module if isinstance(inner, str) else inner
         base: Any = getattr(inner, "base_layer", inner)
         out_features, in_features = linear_shape(base)
-        weight: Any = base.weight
+        weight: Any = getattr(base, "weight", None)
         dense = type(base) is nn.Linear or own_class(type(base)).__name__ in ("Conv1D", "FalconLinear", "Linear")
         trained = sum(_parameter_bytes(p) for p in base.parameters(recurse=False) if p.requires_grad)
         if self.quant is not None:
             bias = 0 if getattr(base, "bias", None) is None else _tensor_bytes(base.bias)
             size, decoded = encoded_bytes(self.quant, out_features, in_features) + bias, True
         else:
-            decoded = not (dense and weight.is_floating_point() and weight.element_size() >= 2)
+            decoded = weight is None or not (dense and weight.is_floating_point() and weight.element_size() >= 2)
             size = stored_bytes(base)
         rank, itemsize, drops = _adapter(inner) if self.rank is None else (self.rank, 4, False)
         if self.rank:
@@ -464,7 +464,7 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
     for module in layer.modules():
         if not is_linear(module) or hasattr(module, "base_layer"):
             continue
-        dtype: Any = getattr(module, "compute_dtype", None) or module.weight.dtype
+        dtype: Any = getattr(module, "compute_dtype", None) or getattr(getattr(module, "weight", None), "dtype", None)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2:
             return dtype
     return torch.bfloat16

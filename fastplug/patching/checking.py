@@ -71,9 +71,11 @@ def _mlp(module: nn.Module, binding: Binding, implementation: Implementation) ->
     first = getattr(first, "base_layer", first)
     parameter = next((p for p in module.parameters() if p.is_floating_point() and p.dim() > 1), None)
     dtype = getattr(first, "compute_dtype", None) or (torch.float32 if parameter is None else parameter.dtype)
-    if first.weight.is_floating_point():
-        dtype = first.weight.dtype
-    x = torch.randn(2, 3, first.in_features, device=first.weight.device, dtype=dtype, requires_grad=True)
+    weight = getattr(first, "weight", None)  # HQQ's and AWQ's layers have none
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+        dtype = weight.dtype
+    device = next(iter((*module.parameters(), *module.buffers()))).device
+    x = torch.randn(2, 3, first.in_features, device=device, dtype=dtype, requires_grad=True)
     return _compare(module, binding, implementation, (x,), {}, [x, *_trained(module)])
 
 
