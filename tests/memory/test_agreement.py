@@ -61,3 +61,6 @@ def test_two_ranks_follow_one_plan(tmp_path: Path) -> None:
         assert second[strategy]["dropped"] >= 1
         assert first[strategy]["weights"] == pytest.approx(second[strategy]["weights"], rel=1e-12)
         assert first[strategy]["fallbacks"] == second[strategy]["fallbacks"] == {}
+    for name, pinned in (("pinned by both", True), ("pinned by one", False)):
+        assert first[name] == second[name]
+        assert first[name][0] is pinned

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastplug
+from fastplug.memory import saved_plans
 from fastplug.memory.runtime import planners
 from fastplug.ops.glu import reference
 from tests import models
@@ -32,6 +33,7 @@ def main(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found: dict[str, Any] = {}
+    saved: Any = None
     original = reference.forward
     for strategy in ("ddp", "fsdp2"):
         model = models.lora(models.plain(num_hidden_layers=3))
@@ -67,6 +69,22 @@ def main(rank: int, port: int, out: str) -> None:
             "weights": float(sum(w.detach().double().abs().sum() for w in weights)),
             "fallbacks": fastplug.report(model).fallbacks,
         }
+        if strategy == "ddp":
+            saved = saved_plans.state(model)
+    shared = [saved if rank == 0 else None]  # as from a file that both ranks see
+    dist.broadcast_object_list(shared)
+    for name, pinned in (("pinned by both", True), ("pinned by one", rank == 0)):
+        model = models.lora(models.plain(num_hidden_layers=3))
+        fastplug.apply(model, memory="auto")
+        (planner,) = planners(model)
+        planner.meter = Device(model, 5 * MiB)
+        if pinned:
+            assert saved_plans.restore(model, shared[0]) is None
+        outer = DistributedDataParallel(model)
+        for i in range(2):
+            outer(**models.batch(2, 100, seed=i)).loss.backward()
+        assert planner.plan is not None
+        found[name] = [planner.pinned, [policy.value for policy in planner.plan.policies], planner.plan.budget]
     Path(out, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
