@@ -349,3 +349,21 @@ def test_a_gpu_may_be_given_as_an_amount() -> None:
     for wrong in ("24", "0.9", "GTX 12345", "24 parsecs", "Voodoo: 4GiB", ""):
         with pytest.raises(OptionError):
             parse(wrong)
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_and_compares_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import planning
+
+    assert len({str(setting) for setting in planning.SETTINGS}) >= 12
+    assert len({setting.shape for setting in planning.SETTINGS}) >= 4
+    out = tmp_path / "planning.json"
+    given = ["--device", "cpu", "--toy", "--only", "4.0", "--warmup", "1", "--steps", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["planning", *given])
+    planning.main()
+    (result,) = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert "error" not in result
+    assert "fallbacks" not in result["measured"]
+    assert result["predicted"]["allocated"] > 0
