@@ -74,5 +74,9 @@ def stored_bytes(linear: Any) -> int:
     return sum(_bytes(tensor) for tensor in {id(tensor): tensor for tensor in own}.values())
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensor: Any) -> int:
+    """Bytes of a tensor, or of those that one of torchao's is made of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None and type(tensor) not in (torch.nn.Parameter, torch.Tensor):
+        return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])
+    return int(tensor.numel() * tensor.element_size())

@@ -14,7 +14,7 @@ from fastplug.families import Family
 from fastplug.memory.formats import encoded_bytes, stored_bytes
 from fastplug.patching.inspection import unwrap_saved
 from fastplug.patching.sites import Site
-from fastplug.sharding import own_class
+from fastplug.sharding import distributed, own_class
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,8 @@ class _Reader:
             bias = 0 if getattr(base, "bias", None) is None else _tensor_bytes(base.bias)
             size, decoded = encoded_bytes(self.quant, out_features, in_features) + bias, True
         else:
-            decoded = weight is None or not (dense and weight.is_floating_point() and weight.element_size() >= 2)
+            plain = type(weight) in (nn.Parameter, torch.Tensor) or (weight is not None and distributed(weight))
+            decoded = not (dense and plain and weight.is_floating_point() and weight.element_size() >= 2)
             size = stored_bytes(base)
         rank, itemsize, drops = _adapter(inner) if self.rank is None else (self.rank, 4, False)
         if self.rank:
@@ -428,7 +429,8 @@ def is_linear(module: nn.Module) -> bool:
     if hasattr(module, "base_layer"):
         return hasattr(module, "lora_A") and is_linear(module.base_layer)  # type: ignore[arg-type]
     name = own_class(type(module)).__name__
-    return (isinstance(module, nn.Linear) or "Linear" in name or name == "Conv1D") and hasattr(module, "weight")
+    has_weight = hasattr(module, "weight") or hasattr(module, "out_features")
+    return (isinstance(module, nn.Linear) or "Linear" in name or name == "Conv1D") and has_weight
 
 
 def linears(module: nn.Module) -> Iterator[nn.Module]:
