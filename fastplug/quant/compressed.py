@@ -25,7 +25,8 @@ class CompressedTensors(Packed):
     name = "compressed-tensors"
     note = (
         "compressed-tensors weights are decoded and multiplied in 16 or 32 bits; activations that the library would "
-        "round as well (w8a8, fp8) are not rounded"
+        "round as well (w8a8, fp8) are not rounded. The library decompresses the model at its first forward unless "
+        "model.ct_decompress_hook was removed (docs/quantized-bases.md)"
     )
 
     def matches(self, linear: nn.Module) -> bool:

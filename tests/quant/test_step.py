@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,3 +178,28 @@ def test_a_module_of_two_formats_is_read_by_the_format_it_has_now() -> None:
             decompress_module(module)
     assert_equal(step(model, models.batch()), truth)
     assert not fallbacks(model), fallbacks(model)
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_a_folder_of_compressed_tensors_stays_compressed(form: str, tmp_path: Path) -> None:
+    """As transformers loads it, with the library's forwards on the layers, once its hook is gone."""
+    pytest.importorskip("compressed_tensors")
+    import transformers
+    from compressed_tensors.compressors.base import decompress_module
+
+    fastplug.export(models.plain(), tmp_path / "base", form, verify=False)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base, plain = (load(tmp_path / "base", dtype=torch.float32).requires_grad_(False) for _ in range(2))
+    for part in (base, plain):
+        part.ct_decompress_hook.remove()
+    for module in plain.modules():
+        decompress_module(module)
+        if hasattr(module, "quantization_scheme"):
+            module.__dict__.pop("forward")  # which would round the activations
+    model, oracle = models.lora(base), models.lora(plain)
+    adapters = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+    oracle.load_state_dict(adapters, strict=False)
+    fastplug.apply(model, strict=True)
+    assert_equal(step(model, models.batch(), logits=False), step(oracle, models.batch(), logits=False))
+    assert not fallbacks(model), fallbacks(model)
+    assert base.model.layers[0].mlp.up_proj.weight.element_size() == 1
