@@ -212,6 +212,34 @@ def expand(
     run(model, out, every, count, overwrite)
 
 
+@app.command("convert-adapter")
+@command
+def convert_adapter(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A DoRA adapter, or a training checkpoint.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base it was trained on. Default: what the adapter says.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the LoRA adapter; default: twice that of DoRA.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The adapter_config.json of the run that wrote the checkpoint.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="The run's lora_alpha, where there is no such file.")] = None,
+    name: Annotated[str | None, typer.Option(help="Which adapter, where a checkpoint holds several.")] = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+) -> None:
+    """Write a DoRA adapter as a LoRA adapter (what is lost is printed), or that of a checkpoint as PEFT reads it.
+
+    Checkpoints: the folders that FSDP shards them into, or a file with the full state.
+    """
+    from fastplug.cli.converting import run
+
+    run(
+        source, out, base=base, rank=rank, config=config, alpha=alpha, name=name, device=device, overwrite=overwrite
+    )  # fmt: skip
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -59,13 +59,16 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
                 f"fastplug.layers: {folder} has no {file.name}; only models in safetensors files can be streamed, "
                 "others load with from_pretrained, and quantize_() goes on from there"
             )
-        found.update(_header(file))
+        found.update(header_of(file))
     if missing := names.keys() - found.keys():
         raise ModelError(f"fastplug.layers: {index.name} names {len(missing)} tensors that no file has: {min(missing)}")
     return found
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def header_of(file: Path) -> dict[str, Stored]:
+    """The tensors of one file, in order. Raises :class:`ModelError` where it is missing, truncated or inconsistent."""
+    if not file.is_file():
+        raise ModelError(f"fastplug.layers: there is no file {file}")
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
