@@ -59,6 +59,7 @@ class OpTable:
     float_weights: Any
     logprobs: Any
     fp8: Any
+    low_rank: Any
     column_dots: Any
 
     def __init__(self, chosen: Iterable[OpImplementation]) -> None:
@@ -144,7 +145,18 @@ def wanted(kernels: str, device: torch.device) -> tuple[str, ...]:
 
 
 BUILTIN = ("reference", "triton", "bitsandbytes")
-TRITON_OPS = ("rms_norm", "rope", "glu", "nf4", "int_weights", "float_weights", "logprobs", "fp8", "column_dots")
+TRITON_OPS = (
+    "rms_norm",
+    "rope",
+    "glu",
+    "nf4",
+    "int_weights",
+    "float_weights",
+    "logprobs",
+    "fp8",
+    "low_rank",
+    "column_dots",
+)
 
 
 @hookimpl

@@ -137,11 +137,6 @@ class Adapters:
         assert dx is not None
         return dx
 
-    def add_dx(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
-        """Add the adapters' share to ``dx`` in place."""
-        assert kept.a is not None
-        return dx.add_(self.dx(gb, kept)) if self.dropout else dx.addmm_(gb, kept.a)
-
     def parameter_gradients(
         self,
         g: torch.Tensor,

@@ -100,7 +100,7 @@ class Group:
         """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
         base = None if self.fp8 is None else self.fp8.output(self, x[:, : self.in_features])
         if base is not None:
-            self.adapted.add(base, kept, True, 1.0)
+            self._add_low_rank(base, kept)
             out = base if out is None and factor == 1.0 else self._added(out, base, factor)
             return self._biased(out, factor)
         start = out is not None  # whether out already holds something to add to
@@ -115,6 +115,13 @@ class Group:
             for weight, rows in self._weights():
                 out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         return self._biased(out, factor)
+
+    def _add_low_rank(self, y: torch.Tensor, kept: Kept) -> None:
+        """Add the adapters' share to ``y`` in place."""
+        if kept.xa is None or kept.b is None:
+            return
+        for rows, columns in self.adapted.tiles(y):
+            self.ops.low_rank.add(y[:, rows], kept.xa[:, columns], kept.b[rows, columns])
 
     @staticmethod
     def _added(out: torch.Tensor | None, base: torch.Tensor, factor: float) -> torch.Tensor:
@@ -143,7 +150,7 @@ class Group:
             return None, gb
         if self.fp8 is not None:
             base = self.fp8.input_gradient(self, g)
-            return base if gb is None else self.adapted.add_dx(base, gb, kept), gb
+            return base if gb is None else self._add_dx(base, gb, kept), gb
         room = given if given.shape[1] > self.out_features else self._moved(g)
         if room is not None and gb is not None:
             fill(room[:, self.out_features :], gb)
@@ -170,6 +177,14 @@ class Group:
     def knowing(self, kept: Kept, output: torch.Tensor) -> Kept:
         """``kept``, with y [tokens, out_features] where the gradients need it."""
         return kept
+
+    def _add_dx(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """Add the adapters' share to ``dx`` in place."""
+        assert kept.a is not None
+        if self.adapted.dropout:
+            return dx.add_(self.adapted.dx(gb, kept))
+        self.ops.low_rank.add(dx, gb, kept.a.t())
+        return dx
 
     def parameter_gradients(
         self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]

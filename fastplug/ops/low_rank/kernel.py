@@ -1,0 +1,75 @@
+"""y += alpha · x bᵀ in Triton, near the speed of reading and writing y. The functions are those of ``reference``.
+
+cuBLAS's product for 32 columns takes 0.50 ms to add to 8192 x 28672 numbers on an H100, copying them 0.31 ms.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit
+from fastplug.ops.library import custom_op
+
+LARGEST_RANK = 128  # of which tiles of x and b fit into the shared memory of all GPUs
+ROWS, COLUMNS, WARPS = 64, 128, 8
+
+
+@triton.jit(do_not_specialize=["M", "COLUMN_BLOCKS"])
+def _add_kernel(
+    y_ptr,  # [M, N]
+    x_ptr,  # [M, R]
+    b_ptr,  # [N, R]
+    y_stride,  # between rows, in units of UNIT elements
+    x_stride,
+    x_rank_stride,
+    b_stride,
+    b_rank_stride,
+    M,
+    N,
+    R,
+    alpha,
+    COLUMN_BLOCKS,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    rows = (program // COLUMN_BLOCKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = (program % COLUMN_BLOCKS).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, RANK).to(tl.int64)
+    x_mask = (rows < M)[:, None] & (rank < R)[None, :]
+    b_mask = (rank < R)[:, None] & (cols < N)[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    y_ptr += rows[:, None] * (y_stride * UNIT) + cols[None, :]
+    y = tl.load(y_ptr, mask=mask, other=0.0)
+    x = tl.load(x_ptr + rows[:, None] * x_stride + rank[None, :] * x_rank_stride, mask=x_mask, other=0.0)
+    b = tl.load(b_ptr + cols[None, :] * b_stride + rank[:, None] * b_rank_stride, mask=b_mask, other=0.0)
+    share = tl.dot(x, b, input_precision="ieee") * alpha
+    tl.store(y_ptr, (y.to(tl.float32) + share).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@custom_op("y")
+def low_rank_add(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
+    """See :func:`fastplug.ops.low_rank.reference.add`; the last dimension of ``y`` is contiguous."""
+    M, N = y.shape
+    if y.numel() == 0 or x.shape[1] == 0:
+        return
+    unit = stride_unit(y.stride(0))
+    column_blocks = triton.cdiv(N, COLUMNS)
+    with on_device(y):
+        _add_kernel[(triton.cdiv(M, ROWS) * column_blocks,)](
+            y, x, b, y.stride(0) // unit, *x.stride(), *b.stride(), M, N, x.shape[1], alpha, column_blocks,
+            UNIT=unit, ROWS=ROWS, COLUMNS=COLUMNS, RANK=max(16, power_of_2(x.shape[1])), num_warps=WARPS,
+        )  # fmt: skip
+
+
+def add(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> None:
+    """See :func:`fastplug.ops.low_rank.reference.add`."""
+    if x.shape[1] > LARGEST_RANK or y.dtype == torch.float64:
+        y.addmm_(x, b.t(), alpha=alpha)
+        return
+    check_output("y", y, (x.shape[0], b.shape[0]))
+    low_rank_add(y, x, b, alpha)
