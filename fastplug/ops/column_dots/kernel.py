@@ -14,7 +14,7 @@ COLUMNS = 256
 ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def _column_dots_kernel(
     x_ptr,  # [rows, columns]
     y_ptr,  # [rows, columns]
@@ -49,7 +49,7 @@ def column_dots_partial(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> 
     with on_device(x):
         _column_dots_kernel[(triton.cdiv(columns, COLUMNS), len(out))](
             x, y, out, x.stride(0), y.stride(0), rows, columns, triton.cdiv(rows, len(out)), ROWS, COLUMNS,
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

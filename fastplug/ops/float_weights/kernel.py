@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.configs import config
 from fastplug.ops.float_weights.reference import Layout, check
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit
 from fastplug.ops.library import custom_op
 
-TILE = 4096  # elements of a program of four warps
 FORMATS = {"float": 0, "e4m3": 1, "e5m2": 2, "e2m1": 3, "e8m0": 4}
 
 
@@ -110,7 +110,7 @@ def float_decode(
     wide = power_of_2(K) if scales.shape[1] == 1 else wide
     columns = wide if E == 1 and wide in (32, 64) else 128
     BW = max(min(columns, power_of_2(K)) // E, 1)
-    BN = min(TILE // (BW * E), power_of_2(rows))
+    BN = min(config(out.device).decoded // (BW * E), power_of_2(rows))
     stride = out.stride(0) if rows > 1 else K
     unit = stride_unit(stride)
     words = codes

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.configs import config
 from fastplug.ops.fp8 import reference
 from fastplug.ops.fp8.reference import FP8, LARGEST
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit, unit_stride
@@ -84,8 +85,9 @@ def fp8_quantize_rows(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> 
     block = min(ROW_BLOCK, power_of_2(K))
     with on_device(x):
         _rows_kernel[(M,)](
-            x, q, scale, x.stride(0) // unit, K, LARGEST, unit, block, num_warps=max(4, min(16, block // 512))
-        )
+            x, q, scale, x.stride(0) // unit, K, LARGEST, unit, block,
+            num_warps=max(4, min(16, block // config(x.device).per_warp(x.element_size()))), enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @custom_op("q")
@@ -97,8 +99,9 @@ def fp8_quantize_columns(w: torch.Tensor, scale: torch.Tensor, q: torch.Tensor) 
     unit = stride_unit(w.stride(0), q.stride(0))
     with on_device(w):
         _columns_kernel[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](
-            w, scale, q, w.stride(0) // unit, q.stride(0) // unit, N, K, LARGEST, unit, TILE, num_warps=4
-        )
+            w, scale, q, w.stride(0) // unit, q.stride(0) // unit, N, K, LARGEST, unit, TILE, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

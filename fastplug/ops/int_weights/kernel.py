@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.configs import config
 from fastplug.ops.int_weights import reference
 from fastplug.ops.int_weights.reference import Layout, check
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit
 from fastplug.ops.library import custom_op
 
-TILE = 4096  # elements of a program of four warps
 SIGNS = {"unsigned": 0, "twos": 1, "offset": 2}
 
 
@@ -261,13 +261,14 @@ def int_decode(
     if scales.shape[1] == 1 and g_idx is None:
         group = power_of_2(K)  # one group, whatever the width: every tile lies within it
     columns = min(128, group & -group) if group % 16 == 0 else 128
+    tile = config(out.device).decoded
     numbers = (scale_n, scale_g, zero_n, zero_g, stride // unit, row_start, rows, K)
     flags = (bits, SIGNS[sign], packed_zeros, zero_plus_one, add_zero, factor != 1.0, wrap, group)
     with on_device(out):
         if packing in ("row", "input"):
             codes, code_n, code_w, width, E = _words(codes, packing, bits, N, K)
             words = max(min(columns, power_of_2(K)) // E, 1)
-            BN = min(TILE // (words * E), power_of_2(rows))
+            BN = min(tile // (words * E), power_of_2(rows))
             grid = (triton.cdiv(rows, BN), triton.cdiv(K, words * E))
             _along_k[grid](
                 codes, scales, zeros, g_idx, out, code_n, code_w, *numbers, len(scales), factor, *flags, width, E, unit,
@@ -278,7 +279,7 @@ def int_decode(
             M, code_m, code_k = (N // parts, 1, N // parts) if awq else (codes.numel() // K, K, 1)
             E, BK = power_of_2(parts), min(columns, power_of_2(K), 64)  # eight words of a row fill a sector
             touched = (row_start + rows - 1) // parts - row_start // parts + 1 if awq else M
-            BM = max(min(TILE // (E * BK), power_of_2(touched)), 1)
+            BM = max(min(tile // (E * BK), power_of_2(touched)), 1)
             _along_n[(triton.cdiv(touched, BM), triton.cdiv(K, BK))](
                 codes, scales, zeros, out, code_m, code_k, *numbers, M, len(scales), factor, *flags, awq, parts, E,
                 unit, BM, BK, num_warps=4, enable_fp_fusion=False,

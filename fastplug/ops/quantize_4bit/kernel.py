@@ -10,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.configs import config
 from fastplug.ops.launch import on_device
 from fastplug.ops.library import custom_op
 from fastplug.ops.quantize_4bit import codes
 from fastplug.ops.quantize_4bit.reference import check
-
-VALUES = 4096  # of a program
 
 
 @triton.jit
@@ -131,11 +130,12 @@ def quantize_4bit_blocks(
     weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int
 ) -> None:
     """Write the codes and scales of ``weight`` [n] into ``packed`` and ``absmax``."""
-    blocks = max(VALUES // blocksize, 1)
+    blocks = max(config(weight.device).decoded // blocksize, 1)
     with on_device(weight):
         _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
-            weight, packed, absmax, weight.numel(), kind == "nf4", blocksize, blocks, _approximate(weight), num_warps=4
-        )
+            weight, packed, absmax, weight.numel(), kind == "nf4", blocksize, blocks, _approximate(weight), num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @custom_op("found", "absmax2")
@@ -146,7 +146,7 @@ def quantize_4bit_scales(
     with on_device(absmax):
         _scales_kernel[(absmax2.numel(),)](
             absmax, offset, table, found, absmax2, absmax.numel(), codes.NESTED_BLOCKSIZE, _approximate(absmax),
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
