@@ -138,9 +138,10 @@ def _score_bytes(layer: LayerShape, c: int) -> int:
 
 
 def _experts(layer: LayerShape, step: Step) -> int:
-    """About what the experts of the host keep: the input of each product and the activation's own."""
-    weights = [linear for linear in layer.others if linear.weights > layer.hidden * 1024 or layer.active < 1]
-    widths = sum(linear.in_features + linear.out_features for linear in weights) * layer.active
+    """About what frozen experts keep that the host runs, for each that a token goes through: gate and up, the activated
+    gate, and the output that the router's weight multiplies."""
+    downs = [linear for linear in layer.others if linear.out_features == layer.hidden]
+    widths = sum(3 * linear.in_features + layer.hidden for linear in downs) * layer.active
     return int(step.tokens * widths * step.compute)
 
 

@@ -386,7 +386,7 @@ class _Reader:
     def linear(self, module: nn.Module) -> LinearShape:
         inner: Any = unwrap_saved(module)
         inner = module if isinstance(inner, str) else inner
-        base: Any = getattr(inner, "base_layer", inner)
+        base: Any = getattr(inner, "base_layer", getattr(inner, "base", inner))
         out_features, in_features = linear_shape(base)
         weight: Any = getattr(base, "weight", None)
         dense = type(base) is nn.Linear or own_class(type(base)).__name__ in ("Conv1D", "FalconLinear", "Linear")
@@ -452,6 +452,8 @@ def linear_shape(module: Any) -> tuple[int, int]:
 
 def _adapter(module: Any) -> tuple[int, int, bool]:
     """(rank, bytes of an element, whether its input is dropped) of the active LoRA adapter."""
+    if isinstance(getattr(module, "lora_A", None), nn.Parameter):  # fastplug.layers.LoRALinear
+        return int(module.lora_A.shape[0]), module.lora_A.element_size(), module.dropout > 0
     names = [name for name in getattr(module, "active_adapters", ()) if name in getattr(module, "lora_A", ())]
     if not names or getattr(module, "merged", False):
         return 0, 4, False
@@ -464,7 +466,7 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
     if torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda")
     for module in layer.modules():
-        if not is_linear(module) or hasattr(module, "base_layer"):
+        if not is_linear(module) or hasattr(module, "base_layer") or hasattr(module, "lora_A"):
             continue
         dtype: Any = getattr(module, "compute_dtype", None) or getattr(getattr(module, "weight", None), "dtype", None)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2:

@@ -126,6 +126,27 @@ def test_gpt2_which_the_host_runs_saves_what_is_foretold() -> None:
     assert foretold == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_experts_are_estimated(name: str) -> None:
+    if not (cases.available(name) and cases.complete(name)):
+        pytest.skip("the installed transformers does not have it")
+    measured, foretold = both(cases.adapted(name))
+    assert foretold == pytest.approx(measured, rel=0.1)
+
+
+def test_layers_of_fastplugs_own_are_counted() -> None:
+    from fastplug.layers import LoRALinear, quantize_
+
+    model = quantize_(models.plain("llama"), "nf4")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = LoRALinear(layer.mlp.down_proj, rank=4, dropout=0.1)
+    shape = ModelShape.of_model(model, decoder_layers(model))
+    (down,) = shape.layers[0].down
+    assert (down.out_features, down.in_features, down.rank, down.decoded, down.drops) == (64, 128, 4, True, True)
+    assert down.bytes == encoded_bytes("nf4", 64, 128)
+    assert shape.adapter_bytes == 2 * 4 * (64 + 128) * 4
+
+
 @pytest.mark.parametrize("rows_and_length", [(1, 16), (3, 48)])
 def test_bytes_follow_batch_and_length(rows_and_length: tuple[int, int]) -> None:
     measured, foretold = both(cases.adapted("gemma 3"), *rows_and_length)
