@@ -21,7 +21,8 @@ def check_adapters(model: nn.Module) -> None:
         if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
             base: Any = layer.base_layer
             inputs, outputs = getattr(base, "in_features", None), getattr(base, "out_features", None)
-            if isinstance(inputs, int) and isinstance(outputs, int):
+            single = hasattr(base, "weight")  # a module of experts holds several, each of its own shape
+            if single and isinstance(inputs, int) and isinstance(outputs, int):
                 _check_layer(name, layer, inputs, outputs)
 
 
