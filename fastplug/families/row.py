@@ -187,6 +187,11 @@ class Family:
         kind = own_class(type(module))
         return kind.__module__ == self.module and self.classes.get(kind.__qualname__) == role
 
+    def mlp_of(self, layer: nn.Module) -> str:
+        """The name of the MLP in a decoder layer of the installed transformers."""
+        old = self.old_mlp_name
+        return old if old is not None and not hasattr(layer, self.mlp_name) else self.mlp_name
+
     @functools.cached_property
     def gate_up(self) -> tuple[str, ...]:
         """Names of the projections that the MLP's input goes into."""

@@ -19,6 +19,7 @@ from fastplug.options import Options
 from fastplug.patching import fp8
 from fastplug.patching.adapters import check_adapters
 from fastplug.patching.bind import bind, parameter_names, unbind
+from fastplug.patching.fitting import misfit
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.report import LEFT, PATCHED, REFUSED, Decision, Report
 from fastplug.patching.sites import KEY, Binding, Choice, Implementation, Runtime, Site
@@ -196,7 +197,7 @@ def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
         if reason is None:  # its weights may be sharded by now, until they are gathered at the call
             return Choice(candidate, PATCHED)
     if reason is None:
-        reason = candidate.refuse(site, runtime)
+        reason = misfit(site.module, site.family, site.role) or candidate.refuse(site, runtime)
         if reason is not None and reason.endswith(SHARDED) and getattr(site.module, "_is_fsdp_managed_module", False):
             reason = None  # FSDP gathers them before the forward, which looks again
     if reason is not None:

@@ -31,4 +31,6 @@ def read_norm(module: nn.Module, family: Family, inside: bool = False) -> tuple[
     if not whole(weight, 1):
         return f"has a weight that {SHARDED}"
     row = family.norm
+    if not hasattr(inner, row.eps):
+        return f"has no {row.eps}"
     return weight, Norm(getattr(inner, row.eps), row.offset, row.cast_first)

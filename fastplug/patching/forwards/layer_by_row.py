@@ -210,8 +210,7 @@ def _mlp_dropout(layer: nn.Module, mlp: nn.Module, spec: MLP, family: Family) ->
 
 
 def _mlp_of(layer: nn.Module, family: Family) -> nn.Module:
-    old = family.old_mlp_name
-    return getattr(layer, old if old is not None and not hasattr(layer, family.mlp_name) else family.mlp_name)  # type: ignore[no-any-return]
+    return getattr(layer, family.mlp_of(layer))  # type: ignore[no-any-return]
 
 
 def _factor(layer: nn.Module, family: Family) -> float:
