@@ -36,13 +36,14 @@ class CompressedTensors(Packed):
         return weight is None or weight.dtype == torch.int8 or weight.dtype in VALUES
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
-        tensors = {name: getattr(linear, name, None) for name in NAMES}
+        stored = {**linear._buffers, **linear._parameters}
+        tensors = {name: tensor for name in NAMES if (tensor := stored.get(name)) is not None}
         if any(distributed(tensor) for tensor in tensors.values()):
             return f"its compressed weight {SHARDED}"
         arguments = getattr(getattr(linear, "quantization_scheme", None), "weights", None)
         if arguments is None:
             return "compressed-tensors does not say how its weight is compressed"
-        held = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        held = {name: tensor.detach() for name, tensor in tensors.items()}
         return compressed(self, held, (linear.out_features, linear.in_features), arguments)  # type: ignore[arg-type]
 
 
