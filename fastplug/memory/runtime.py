@@ -127,7 +127,10 @@ def _prevented(layer: nn.Module, state: State, kwargs: dict[str, Any]) -> str | 
     for name in CACHES:
         if kwargs.get(name) is not None and type(kwargs[name]).__name__ != "StepCache":
             if not _permission(layer, state):
-                return "a training step fills a cache of keys and values: pass use_cache=False"
+                return (
+                    "a training step fills a cache of keys and values, which computing a layer again would fill twice: "
+                    "set use_cache=False in the model's config, or the host's gradient checkpointing"
+                )
             kwargs[name] = None
             if kwargs.get("use_cache"):
                 kwargs["use_cache"] = False
