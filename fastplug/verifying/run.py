@@ -17,9 +17,9 @@ from fastplug.patching.engine import apply, undo
 from fastplug.patching.sites import KEY, Binding, Runtime
 from fastplug.patching.walk import walk
 from fastplug.verifying import restore
-from fastplug.verifying.compare import WIDE, Measure
+from fastplug.verifying.compare import FP8, WIDE, Measure
 from fastplug.verifying.judge import CannotJudgeError
-from fastplug.verifying.result import Row, VerifyResult
+from fastplug.verifying.result import Kind, Row, VerifyResult
 from fastplug.verifying.setup import check, choose_layers, comparable_dropout, dtypes_of, filled_batch
 from fastplug.verifying.stages import Call, Outcome, Stage, captured, head_stage, layer_stage
 
@@ -98,8 +98,17 @@ class _Verification:
         self.batch = filled_batch(model, self.causal.module if self.causal else None, batch, self.notes)
         dtypes = dtypes_of(model, self.runtime)
         self.exact = all(dtype in WIDE for dtype in dtypes)
-        self.measure = Measure(tolerance, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
+        self.measure = Measure(tolerance, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps), self._fp8(tolerance))
         self.loss_scale = FP16_LOSS_SCALE if torch.float16 in dtypes else 1.0
+
+    def _fp8(self, tolerance: float) -> dict[Kind, float]:
+        """The errors expected of what goes through FP8 products."""
+        if self.runtime.fp8 is None:
+            return {}
+        compute = self.runtime.options.compute
+        limits = ", ".join(f"{tolerance * error:.0%} ({kind})" for kind, error in FP8[compute].items())
+        self.notes.append(f"compute={compute!r} passes with errors up to {limits}; the table has each layer's")
+        return FP8[compute]
 
     def result(self, layers: int | Sequence[int] | None, randomised: int) -> VerifyResult:
         if randomised:

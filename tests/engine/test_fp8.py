@@ -157,3 +157,32 @@ def test_bad_input(model, monkeypatch):
     with pytest.raises(OptionError, match=r"8\.9; leave compute='exact'"):
         fastplug.apply(model, compute="fp8_backward")
     assert not any("_fastplug" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("compute", ["fp8_backward", "fp8"])
+def test_verify_reports_the_deviation_of_each_layer(model, batch, compute):
+    fastplug.apply(model, compute=compute)
+    found = fastplug.verify(model, batch)
+    assert found.ok, [(row.name, row.error) for row in found.failed]
+    assert any("passes with errors up to" in note for note in found.notes)
+    layers = {row.name: row.error for row in found.rows if row.kind == "output" and "layers" in row.name}
+    assert len(layers) == 2
+    assert all((0.02 if compute == "fp8" else 0.0) < error < 0.12 for error in layers.values())
+
+    norm = model.get_base_model().model.layers[1].post_attention_layernorm
+    with torch.no_grad():
+        norm.weight[5] *= 1e4  # an outlier: what stands beside it in a row is too small for e4m3
+    found = fastplug.verify(model, batch)
+    assert not found.ok
+    assert any("layers.1" in row.name for row in found.failed)
+
+
+def test_verify_still_finds_a_wrong_factor_beside_fp8(model, batch, monkeypatch):
+    fastplug.apply(model, compute="fp8_backward")
+    quantized = fp8_base._quantize
+    monkeypatch.setattr(
+        fp8_base,
+        "_quantize",
+        lambda group, transposed: (lambda q: q._replace(scale=q.scale * 1.3))(quantized(group, transposed)),
+    )
+    assert not fastplug.verify(model, batch).ok
