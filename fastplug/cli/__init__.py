@@ -1,4 +1,4 @@
-"""The command line: ``fastplug doctor | plan | verify | export | demo``. Nothing heavy is imported before a command runs."""
+"""The command line: ``fastplug doctor | plan | verify | export | demo``. Nothing heavy is imported until one runs."""
 
 from __future__ import annotations
 
