@@ -150,17 +150,21 @@ class DoraGroup(Group):
     def _squares(self, parts: list[tuple[torch.Tensor, slice]], wide: torch.dtype) -> torch.Tensor:
         """||W||² of the rows [out_features]: they are those of frozen weights, and taken again where those change."""
         owner = self.projections[0].owner
+        device = parts[0][0].device
+        # A recorded graph neither reads what this may free later, nor leaves here what lies in its own memory.
+        recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or recorded:
+            owner = None
         stored = [p.read().tensors[0] for p in self.projections]
-        state = [(tensor.data_ptr(), tensor._version) for tensor in stored]
-        known = None if owner is None or torch.compiler.is_compiling() else _norms.get(owner)
+        state = [(tensor.data_ptr(), tensor._version) for tensor in stored] if owner is not None else []
+        known = None if owner is None else _norms.get(owner)
         if known is not None and known.state == state and known.dtype == self.dtype:
             return known.squares
-        squares = torch.empty(self.out_features, dtype=wide, device=parts[0][0].device)
+        squares = torch.empty(self.out_features, dtype=wide, device=device)
         for weight, rows in parts:
             torch.linalg.vector_norm(weight, dim=1, dtype=wide, out=squares[rows])
         squares.square_()
-        capturing = squares.is_cuda and torch.cuda.is_current_stream_capturing()  # it would lie in the graph's memory
-        if owner is not None and not capturing and not torch.compiler.is_compiling():
+        if owner is not None:
             _norms[owner] = Norms(self.dtype, state, squares)
         return squares
 
