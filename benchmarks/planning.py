@@ -98,6 +98,7 @@ def load(setting: Setting, device: torch.device, toy: bool) -> Any:
 def foretell(setting: Setting, config: Any, dtype: str) -> Any:
     """The plan, from the config alone."""
     from fastplug.memory.estimate import best_plan, uniform_plan
+    from fastplug.memory.forecast import RESERVED
     from fastplug.memory.gpus import GPUS, find
     from fastplug.memory.policy import Policy
     from fastplug.planning import shape_of
@@ -110,7 +111,7 @@ def foretell(setting: Setting, config: Any, dtype: str) -> Any:
     gpu = GPUS[0]
     if torch.cuda.is_available():
         gpu = find(torch.cuda.get_device_name()) or gpu
-    given: dict[str, Any] = {"gpu": gpu, "accumulating": False}
+    given: dict[str, Any] = {"gpu": gpu, "accumulating": False, "slack": RESERVED}
     try:
         budget = int(float(setting.policy) * 2**30)
     except ValueError:

@@ -18,6 +18,8 @@ from fastplug.memory.times import layer_ms, other_ms
 
 SLACK = 0.03
 """Reserved beyond allocated bytes: blocks that are cut too small or too large for what comes next."""
+LIBRARIES = 64 * 2**20
+"""Workspaces that cuBLAS and cuDNN take from PyTorch's allocator and keep: 0.07 to 0.1 GiB on an H100."""
 TILES = (16384, 8192, 4096, 2048)
 """Tokens in the MLP at once that are tried where gate and up are not kept, beside all of them."""
 
@@ -100,7 +102,7 @@ def estimate(
     """
     if batch < 1 or length < 1:
         raise OptionError(f"fastplug: a batch of {batch} x {length} has no token")
-    fixed = {**fixed_bytes(shape, optimizer), "step": step_bytes(shape, batch, length)}
+    fixed = {**fixed_bytes(shape, optimizer), "libraries": LIBRARIES, "step": step_bytes(shape, batch, length)}
     step = Step.of(shape, batch, length, tile_rows, graphs)
     layers = layer_costs(shape, batch, length, gpu, tile_rows, graphs)
     return Estimate(layers, fixed, head_peak(shape, batch, length), other_ms(shape, step, gpu), step)

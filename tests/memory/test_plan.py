@@ -14,7 +14,7 @@ import fastplug
 from fastplug.errors import OptionError
 from fastplug.memory.bytes import Step, fixed_bytes, kept, optimizer_bytes, step_bytes
 from fastplug.memory.estimate import best_plan, estimate, least, uniform_plan
-from fastplug.memory.forecast import forecast
+from fastplug.memory.forecast import RESERVED, forecast
 from fastplug.memory.formats import BITS, encoded_bytes
 from fastplug.memory.gpus import GPUS, find, of_memory, parse
 from fastplug.memory.plan import Plan
@@ -242,8 +242,24 @@ def llama_config(folder: Path) -> Path:
     return folder
 
 
-def test_peaks_are_those_measured_on_an_h100(llama: ModelShape) -> None:
-    """32 layers, commit 3f60282. Since then the MLP's backward holds one tensor of its inner width less."""
+def test_peaks_are_those_measured_on_an_h100(llama: ModelShape, tmp_path: Path) -> None:
+    """All 32 layers: allocated within 2%, time within 8%; reserved as far as an allocator can be foretold."""
+    record = json.loads((RESULTS / "2026-11-21-h100-llama-3.1-8b-peers.json").read_text(encoding="utf-8"))
+    shapes = {"qlora": llama, "lora": shape_of(llama_config(tmp_path), rank=16)}
+    rows = [row for row in record["results"] if row["system"] == "fastplug" and "checkpointed" not in row["row"]]
+    assert len(rows) == 4
+    for row in rows:
+        kind, size = row["row"].split(":")
+        batch, length = map(int, size.split("x"))
+        plan = uniform_plan(shapes[kind], batch, length, 0, Policy.KEEP, accumulating=False, slack=RESERVED)
+        assert plan.allocated / GiB == pytest.approx(row["peak_gib"], rel=0.02), row["row"]
+        assert plan.ms == pytest.approx(row["busy_ms"], rel=0.08), row["row"]
+        if batch * length == 8192:  # short steps reserve more while they record their graphs, and would give it back
+            assert plan.reserved / GiB == pytest.approx(row["reserved_gib"], rel=0.05), row["row"]
+
+
+def test_peaks_were_those_measured_with_checkpointing(llama: ModelShape) -> None:
+    """Commit 3f60282. Since then the MLP's backward holds one tensor of its inner width less."""
     record = json.loads((RESULTS / "2026-11-21-h100-llama-3.1-8b-32-layers.json").read_text(encoding="utf-8"))
     rows = [row for row in record["results"] if row["system"] == "fastplug"]
     assert len(rows) == 4
@@ -321,7 +337,7 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 def test_the_forecast_says_how_far_the_memory_reaches(llama: ModelShape) -> None:
     found = forecast(llama, 2, 4096, 24 * GiB, gpu=find("RTX 4090") or GPUS[0])
     longest, largest = found.longest_context, found.largest_batch
-    given: dict[str, Any] = {"accumulating": False}
+    given: dict[str, Any] = {"accumulating": False, "slack": RESERVED}
     assert least(llama, 2, longest, **given) <= 24 * GiB < least(llama, 2, longest + 64, **given)
     assert least(llama, largest, 4096, **given) <= 24 * GiB < least(llama, largest + 1, 4096, **given)
     assert list(found.uniform) == list(Policy)
