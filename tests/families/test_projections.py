@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fastplug
@@ -22,7 +23,8 @@ TYPES = (
     "afmoe", "bloom", "deepseek_v3", "falcon", "lfm2", "llama4_text", "minicpm3", "nanochat",
     "opt", "phi",
 )  # fmt: skip
-HERE = [name for name in TYPES if name in sweep.model_types()]
+BROKEN = ("llama4_text",) if transformers.__version__.startswith("4.51") else ()  # mixes precisions in fp32 models
+HERE = [name for name in TYPES if name in sweep.model_types() and name not in BROKEN]
 
 
 @pytest.mark.parametrize("quantized", [False, True])
