@@ -10,6 +10,8 @@ of the CUDA one, and a launch becomes Triton's ``warmup``, which compiles for th
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -34,7 +36,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self.target.arch)  # a kernel keeps what was compiled for it by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -133,8 +135,9 @@ def launches(dtype: torch.dtype = torch.bfloat16, hidden: int = 4096, inner: int
         logprobs.token_logprobs_backward(logits, targets, found[1], entropy, entropy, entropy, *rest)
 
 
-def other_formats(hardware_fp8: bool, n: int = 14336, k: int = 4096) -> None:
-    """Likewise for the kernels that read and write weights of other formats."""
+def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
+    """Likewise for the kernels that read and write weights of other formats, and for the products."""
+    from fastplug.ops.column_dots import kernel as column_dots
     from fastplug.ops.float_weights import kernel as float_weights
     from fastplug.ops.float_weights.reference import Layout as Float
     from fastplug.ops.fp8 import kernel as fp8
@@ -160,9 +163,15 @@ def other_formats(hardware_fp8: bool, n: int = 14336, k: int = 4096) -> None:
     float_weights.decode(codes(n, k, kind=bytes_), scales(n, 1), Float((n, k), "e4m3", (1, k)), out)
     mx = Float((n, k), "e2m1", (1, 32), "e8m0")
     float_weights.decode(codes(n, k // 2, kind=bytes_), codes(n, k // 32, kind=bytes_), mx, out)
+    column_dots.column_dots(out, out)
+    quantize_4bit._approximate = lambda tensor: True  # the instruction that a CPU does not have
     quantize_4bit.quantize(out)
     quantize_4bit.quantize_scales(torch.empty(n * k // 64))
-    if not hardware_fp8:
+    if capability >= 80 and importlib.util.find_spec("fastplug.ops.low_rank"):  # Triton multiplies by tensor cores
+        low_rank = importlib.import_module("fastplug.ops.low_rank.kernel")
+        for rank in (32, low_rank.LARGEST_RANK):
+            low_rank.add(out, scales(n, rank), scales(k, rank))
+    if capability < 89:  # no conversion to FP8 in hardware
         return
     for width in (k, n, 28672):
         fp8.quantize_rows(torch.empty(64, width, dtype=torch.bfloat16))
@@ -173,7 +182,7 @@ def main() -> None:
     for capability in map(int, sys.argv[1:]):
         with compiling(capability) as compiled:
             launches()
-            other_formats(hardware_fp8=capability >= 89)
+            other_formats(capability)
         seen = set()
         for name, kernel in compiled:
             if kernel.hash not in seen:
