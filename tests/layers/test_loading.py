@@ -152,7 +152,7 @@ def test_loading_needs_the_quantized_model_and_one_tensor(tmp_path):
     assert stored > 100e6
     assert size < 0.3 * stored
     largest = 1024 * 2816 * 2
-    assert peak < size + largest + (32 << 20)  # for what the allocator keeps
+    assert peak < size + largest + (48 << 20)  # for what the allocator keeps
 
 
 def test_save_and_read_without_fastplug(folder, tmp_path):
