@@ -65,7 +65,7 @@ class DocumentsApart:
             if mask is not None:
                 kwargs = {**kwargs, "attention_mask": mask}
             elif given is not None and not reads.positions:
-                _warn(type(backbone), config)
+                warn_of_crossing(type(backbone), config)
         return args, kwargs
 
     def __reduce__(self) -> Any:
@@ -85,7 +85,7 @@ def attention_is_stock(config: Any) -> bool:
     return stock is not None and function is stock.sdpa_attention_forward
 
 
-def _warn(backbone: type[nn.Module], config: Any) -> None:
+def warn_of_crossing(backbone: type, config: Any) -> None:
     """Say once that nobody keeps documents apart."""
     attention = getattr(config, "_attn_implementation", None)
     if attention in ("sdpa", "eager") and (backbone, attention) not in _warned:
@@ -124,6 +124,9 @@ def _mask(config: Any, reads: _Masks, documents: Documents) -> Any:
     if not getattr(config, "is_causal", True) or not kinds <= {"full_attention", "sliding_attention"}:
         return None
     window: int | None = getattr(config, "sliding_window", None)
+    if reads.old:  # windows are put on the mask by layers, each family in its way
+        windowless = window is None or getattr(config, "use_sliding_window", True) is False
+        return DocumentMask(documents) if windowless else None
     if window is None or window >= documents.max_length or kinds == {"full_attention"}:
         return DocumentMask(documents)
     if len(kinds) < 2:  # no kinds: transformers takes the window for all layers, where the config has one
@@ -136,32 +139,45 @@ def _mask(config: Any, reads: _Masks, documents: Documents) -> Any:
 @dataclass(frozen=True)
 class _Masks:
     """What a backbone's forward does with masks: whether layers get the one it is given, it looks for documents in the
-    positions, knows windows, and takes a mask for each kind of layer."""
+    positions, knows windows, takes a mask for each kind of layer, and makes masks as transformers did before 4.53."""
 
     given: bool
     positions: bool
-    window: bool
-    kinds: bool
+    window: bool = False
+    kinds: bool = False
+    old: bool = False
 
 
 @functools.cache
 def _reads_masks(backbone: type[nn.Module]) -> _Masks:
     """Read off the source of the class's forward.
 
-    Layers do not get the mask that is given in transformers before 4.53, nor where the forward makes something of it
-    itself (Falcon's ALiBi).
+    Layers do not get the mask that is given where the forward makes something of it itself (Falcon's ALiBi).
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(backbone.forward))))
     except (OSError, TypeError, SyntaxError):
-        return _Masks(False, False, False, False)
+        return _Masks(False, False)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     reads = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "attention_mask"]
     handed = [value for value in _given(tree, "attention_mask") if value in reads]
     kinds = [node.value for node in ast.walk(tree) if isinstance(node, ast.NamedExpr) and node.value in reads]
-    given = "create_causal_mask" in names and len(handed) + len(kinds) == len(reads)
+    old = [
+        value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._update_causal_mask"
+        for value in node.args
+        if value in reads
+    ]
+    made = bool(old) or "create_causal_mask" in names
     positions = any(isinstance(value, ast.Name) and value.id == "position_ids" for value in _given_to_masks(tree))
-    return _Masks(given, positions, "create_sliding_window_causal_mask" in names, bool(kinds))
+    return _Masks(
+        made and len(handed) + len(kinds) + len(old) == len(reads),
+        positions,
+        "create_sliding_window_causal_mask" in names,
+        bool(kinds),
+        bool(old),
+    )
 
 
 def _given(tree: ast.AST, name: str) -> Iterator[ast.expr]:
@@ -213,4 +229,4 @@ def fastplug_after_undo(model: Any, report: Any) -> None:
         _remove(module)
 
 
-__all__ = ["DocumentsApart", "attention_is_stock", "backbones"]
+__all__ = ["CU_SEQLENS", "DocumentsApart", "attention_is_stock", "backbones", "warn_of_crossing"]

@@ -10,7 +10,7 @@ import torch
 
 from fastplug.data import PaddingFreeCollator, pack
 from fastplug.errors import DataError, OptionError
-from tests.data.texts import documents, padded
+from tests.data.texts import documents, looks_for_documents, padded
 
 ROWS = [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}, {"input_ids": [4]}, {"input_ids": [5, 6]}]
 
@@ -38,6 +38,7 @@ def test_a_batch() -> None:
     }
 
 
+@looks_for_documents
 def test_it_is_what_transformers_and_trl_make() -> None:
     transformers = pytest.importorskip("transformers")
     ours = plain(PaddingFreeCollator()(documents()))

@@ -12,7 +12,7 @@ import fastplug
 from fastplug.data import PaddingFreeCollator, pack
 from fastplug.ops.document_attention import DocumentMask, Documents
 from tests import models
-from tests.data.texts import documents, padded
+from tests.data.texts import documents, looks_for_documents, padded
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -87,6 +87,7 @@ def test_hf_trainer(changes: dict[str, Any], tmp_path: Path, lazy: dict[str, int
     assert "eval_steps" in changes or lazy["made"] == 0  # few tokens without gradients run as they are
 
 
+@looks_for_documents
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_hf_trainer_over_packed_rows(checkpointing: bool, tmp_path: Path, lazy: dict[str, int]) -> None:
     """As a dataset, from which the Trainer takes the columns that the model does not know."""
@@ -118,6 +119,7 @@ def sft(folder: Path, *callbacks: Any, **changes: Any) -> Any:
     return trainer
 
 
+@looks_for_documents
 def test_trl_padding_free_is_the_padded_run(tmp_path: Path, lazy: dict[str, int]) -> None:
     plain = sft(tmp_path / "a")
     fused = sft(tmp_path / "b", FastPlugCallback(), padding_free=True, max_length=None)
@@ -126,6 +128,7 @@ def test_trl_padding_free_is_the_padded_run(tmp_path: Path, lazy: dict[str, int]
     assert lazy == {"lazy": 3, "made": 0}
 
 
+@looks_for_documents
 def test_trl_packs_and_fastplug_keeps_its_documents_apart(tmp_path: Path, lazy: dict[str, int]) -> None:
     changes: dict[str, Any] = {"packing": True, "max_length": 24}
     plain = sft(tmp_path / "a", **changes)
@@ -136,6 +139,7 @@ def test_trl_packs_and_fastplug_keeps_its_documents_apart(tmp_path: Path, lazy: 
     assert lazy == {"lazy": 3, "made": 0}
 
 
+@looks_for_documents
 def test_trl_takes_rows_that_fastplug_packed(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -173,6 +177,7 @@ def test_lightning(checkpointing: bool, tmp_path: Path, lazy: dict[str, int]) ->
     assert lazy == {"lazy": 4, "made": 0}
 
 
+@looks_for_documents
 def test_without_fastplug_the_collator_is_right_too(tmp_path: Path) -> None:
     """The batch says that there is no cache, so transformers makes its mask of the positions."""
     model, batch = models.lora(models.plain()), PaddingFreeCollator()(rows())

@@ -14,7 +14,7 @@ from fastplug.graphs import replay
 from fastplug.graphs.layer_graph import KeptGraph
 from fastplug.patching.sites import KEY
 from tests import models
-from tests.data.texts import documents, on
+from tests.data.texts import documents, looks_for_documents, on
 from tests.engine.test_graphs import Stand_in, batch, train
 
 pytest.importorskip("peft")
@@ -38,6 +38,7 @@ def replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
+@looks_for_documents
 @pytest.mark.parametrize("attention", ["auto", "host"])
 @pytest.mark.parametrize("told_by", ["cu_seqlens", "positions"])
 def test_packed_rows_between_plain_ones(attention: str, told_by: str, device: torch.device, replays: list[int]) -> None:

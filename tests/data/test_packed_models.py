@@ -20,7 +20,7 @@ from fastplug.ops.document_attention import DocumentMask, Documents
 from fastplug.patching import packed as packed_hook
 from fastplug.patching.packed import DocumentsApart, backbones
 from tests import models
-from tests.data.texts import LENGTHS, documents, on, padded
+from tests.data.texts import LENGTHS, documents, looks_for_documents, on, padded
 from tests.engine.step import assert_equal, fallbacks, patched, relative, step
 from tests.families import cases
 
@@ -65,7 +65,9 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=looks_for_documents) if CASES[case][1] else case for case in CASES]
+)
 def test_every_document_has_the_loss_and_the_gradients_of_the_padded_batch(case: str, device: torch.device) -> None:
     """In fp32, against the same model without fastplug: the loss of each document, and all gradients together."""
     family, window = CASES[case]
@@ -124,6 +126,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@looks_for_documents
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_same_step_as_transformers_takes(case: str, attention: str, device: torch.device, masks: list[int]) -> None:
@@ -154,6 +157,7 @@ OTHERS = {
 }
 
 
+@looks_for_documents
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions mean what they mean to transformers; bounds keep documents apart where the backbone hears of them."""
@@ -181,9 +185,9 @@ def test_other_families(name: str, device: torch.device, monkeypatch: pytest.Mon
 def test_it_is_said_once_that_nobody_keeps_documents_apart(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As with transformers before 4.53, which looks for documents nowhere but in FlashAttention."""
+    """As with windows in transformers before 4.53, which looks for documents nowhere but in FlashAttention."""
     monkeypatch.setattr(packed_hook, "_warned", set())
-    monkeypatch.setattr(packed_hook, "_reads_masks", lambda _: packed_hook._Masks(False, False, False, False))
+    monkeypatch.setattr(packed_hook, "_reads_masks", lambda _: packed_hook._Masks(False, False))
     twin = patched(models.lora(models.plain()))
     for _ in range(2):
         twin(**packed(torch.device("cpu")))
@@ -194,6 +198,7 @@ def test_it_is_said_once_that_nobody_keeps_documents_apart(
     ]
 
 
+@looks_for_documents
 def test_without_a_word_about_the_cache_bounds_keep_documents_apart(device: torch.device) -> None:
     """transformers makes a cache then, and lets them see each other; positions alone keep that meaning."""
     model = models.lora(models.plain()).to(device)
@@ -206,6 +211,7 @@ def test_without_a_word_about_the_cache_bounds_keep_documents_apart(device: torc
     assert relative(step(twin, told_by_positions).loss, apart.loss) > 1e-3
 
 
+@looks_for_documents
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, device: torch.device, masks: list[int]) -> None:
     model = models.lora(models.plain()).to(device)
@@ -219,6 +225,7 @@ def test_gradient_checkpointing(reentrant: bool, device: torch.device, masks: li
         assert not masks
 
 
+@looks_for_documents
 def test_a_layer_that_runs_as_it_is_reads_the_mask(device: torch.device, masks: list[int]) -> None:
     """Hooks, parts that are not fused and layers that nobody patched: no path overlooks where documents begin."""
     model = models.lora(models.plain(num_hidden_layers=3)).to(device)
@@ -267,6 +274,7 @@ def test_a_mask_of_the_hosts_rules(device: torch.device) -> None:
     assert_equal(step(patched(model), batch), step(model, batch), BOUND)
 
 
+@looks_for_documents
 def test_a_registered_attention_function_gets_what_it_reads(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ Runs where the model is asked for a loss. The logits that come with it are lazy:
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ from fastplug.ops.linear_cross_entropy import linear_cross_entropy
 from fastplug.patching.forwards.lazy_logits import LazyLogits
 from fastplug.patching.forwards.step_cache import step_cache
 from fastplug.patching.inspection import global_hooks
+from fastplug.patching.packed import CU_SEQLENS, warn_of_crossing
 from fastplug.patching.projection import base_layer, read
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 from fastplug.sharding import SHARDED, Anchor, call_within, gathers_itself
@@ -41,7 +44,8 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     kwargs.pop("logits_to_keep", None)
     planner = binding.runtime.memory
     stand_in = _without_cache(model, kwargs, planned=planner is not None and planner.off is None)
-    outputs = getattr(model, model.base_model_prefix)(**kwargs)  # type: ignore[call-overload]
+    backbone: nn.Module = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
+    outputs = backbone(**_heard(backbone, kwargs))
     hidden = outputs[0]
     softcap, scale = family.logit_softcap(config), family.logit_scale(config)
     loss = fused_loss(head, binding.runtime, hidden, labels, kwargs, softcap, scale)
@@ -53,6 +57,25 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def _heard(backbone: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without what is the loss function's alone, where the backbone takes no other keywords than its own."""
+    known = _parameters(type(backbone))  # type: ignore[arg-type]
+    if known is None or known >= kwargs.keys():
+        return kwargs
+    if kwargs.get(CU_SEQLENS) is not None and CU_SEQLENS not in known:
+        warn_of_crossing(type(backbone), backbone.config)
+    return {name: value for name, value in kwargs.items() if name in known}
+
+
+@functools.cache
+def _parameters(backbone: type[nn.Module]) -> frozenset[str] | None:
+    """The names of the parameters of its forward, or None where it takes any keyword."""
+    parameters = inspect.signature(backbone.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 def fused_loss(
