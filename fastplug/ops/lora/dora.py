@@ -215,14 +215,18 @@ class DoraGroup(Group):
         if self.adapted.dropout:
             return self._dropped_dx(g, gb, kept), gb
         room = self._extra(len(g), self.out_features, g.device)
+        scale_weight = len(g) > self.in_features  # which is smaller than g then
         if not room:
-            dx, scaled = self.adapted.dx(gb, kept), _times(g, scale)
+            dx = self.adapted.dx(gb, kept)
             for weight, rows in self._weights():
-                dx.addmm_(scaled[:, rows], weight)
+                if scale_weight:
+                    dx.addmm_(g[:, rows], _times(weight, scale[rows, None]))
+                else:
+                    dx.addmm_(_times(g[:, rows], scale[rows]), weight)
             return dx, gb
         weight = self.decoded(below=kept.a, room=room)
-        if given.shape[1] > self.out_features and len(g) > self.in_features:
-            weight[: self.out_features].mul_(scale[:, None])  # smaller than g
+        if scale_weight and given.shape[1] > self.out_features:
+            weight[: self.out_features].mul_(scale[:, None])
         else:
             given = torch.empty(len(g), self.out_features + room, dtype=self.dtype, device=g.device)
             torch.mul(g, scale, out=given[:, : self.out_features])
