@@ -1,7 +1,6 @@
 """Rotary position embedding in Triton: one launch for q and k, one program a token, so cos and sin are read once.
 
-Each head is held as its two channels of every pair, ``a`` and ``b`` [heads, R/2], and its rest [heads, D - R].
-The functions are those of ``reference``.
+What a program does with the heads of its token is in ``heads``. The functions are those of ``reference``.
 """
 
 from __future__ import annotations
@@ -13,181 +12,12 @@ import triton.language as tl
 from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, persistent_programs, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
+from fastplug.ops.rope.heads import angles, backward_heads, forward_heads, store_partial
 from fastplug.ops.rope.reference import check_saved
 
 
 def _strides_of(*tensors: str) -> list[str]:
     return [f"{tensor}_{dimension}" for tensor in tensors for dimension in "bsh"]
-
-
-@triton.jit
-def _load_pairs(ptr, rows, row_mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """``(a, b)`` [heads, BLOCK] in fp32 of the heads that start at ``ptr + rows`` [heads, 1]."""
-    if INTERLEAVED:
-        cols = tl.arange(0, 2 * BLOCK)[None, :]
-        x = tl.load(ptr + rows + cols, mask=row_mask & (cols < 2 * HALF), other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK, 2)))
-    else:
-        cols = tl.arange(0, BLOCK)[None, :]
-        mask = row_mask & (cols < HALF)
-        a = tl.load(ptr + rows + cols, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(ptr + rows + HALF + cols, mask=mask, other=0.0).to(tl.float32)
-    return a, b
-
-
-@triton.jit
-def _store_pairs(ptr, rows, row_mask, a, b, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    if INTERLEAVED:
-        cols = tl.arange(0, 2 * BLOCK)[None, :]
-        x = tl.interleave(a, b).to(ptr.dtype.element_ty)
-        tl.store(ptr + rows + cols, x, mask=row_mask & (cols < 2 * HALF))
-    else:
-        cols = tl.arange(0, BLOCK)[None, :]
-        mask = row_mask & (cols < HALF)
-        tl.store(ptr + rows + cols, a.to(ptr.dtype.element_ty), mask=mask)
-        tl.store(ptr + rows + HALF + cols, b.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _normalize(x, rstd, scale, dtype: tl.constexpr, CAST_FIRST: tl.constexpr):
-    x = x * rstd
-    if CAST_FIRST:
-        x = x.to(dtype).to(tl.float32)
-    return (x * scale).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _forward_heads(
-    x_ptr,  # one token's [HEADS, D]
-    out_ptr,  # likewise
-    weight_ptr,  # [D] or None
-    x_stride,  # between heads
-    out_stride,
-    cos,  # [1, BLOCK]
-    sin,
-    eps,
-    offset,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    COPY_REST: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
-    rest_cols = tl.arange(0, BLOCK_REST)[None, :]
-    row_zero = tl.zeros((1, 1), tl.int32)
-    row_true = row_zero == 0
-    for start in range(0, HEADS, BLOCK_H):
-        heads = (start + tl.arange(0, BLOCK_H)[:, None]).to(tl.int64)
-        head_mask = heads < HEADS
-        x_rows, out_rows = heads * x_stride, heads * out_stride
-        a, b = _load_pairs(x_ptr, x_rows, head_mask, HALF, BLOCK, INTERLEAVED)
-        if COPY_REST:
-            rest_mask = head_mask & (rest_cols < REST)
-            rest = tl.load(x_ptr + x_rows + 2 * HALF + rest_cols, mask=rest_mask, other=0.0).to(tl.float32)
-        if weight_ptr is not None:
-            squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
-            if COPY_REST:
-                squares += tl.sum(rest * rest, axis=1)
-            rstd = tl.rsqrt(squares / (2 * HALF + REST) + eps)[:, None]
-            wa, wb = _load_pairs(weight_ptr, row_zero, row_true, HALF, BLOCK, INTERLEAVED)
-            a = _normalize(a, rstd, offset + wa, x_ptr.dtype.element_ty, CAST_FIRST)
-            b = _normalize(b, rstd, offset + wb, x_ptr.dtype.element_ty, CAST_FIRST)
-            if COPY_REST:
-                w = tl.load(weight_ptr + 2 * HALF + rest_cols, mask=rest_cols < REST, other=0.0).to(tl.float32)
-                rest = _normalize(rest, rstd, offset + w, x_ptr.dtype.element_ty, CAST_FIRST)
-        _store_pairs(out_ptr, out_rows, head_mask, a * cos - b * sin, b * cos + a * sin, HALF, BLOCK, INTERLEAVED)
-        if COPY_REST:
-            tl.store(out_ptr + out_rows + 2 * HALF + rest_cols, rest.to(out_ptr.dtype.element_ty), mask=rest_mask)
-
-
-@triton.jit
-def _backward_heads(
-    d_ptr,  # one token's [HEADS, D]
-    out_ptr,  # likewise
-    x_ptr,  # likewise, or None
-    weight_ptr,  # [D] or None
-    d_stride,  # between heads
-    out_stride,
-    x_stride,
-    cos,  # [1, BLOCK]
-    sin,
-    eps,
-    offset,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    COPY_REST: tl.constexpr,
-    WEIGHT_GRAD: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
-    """Write one token's gradients; returns its share of the weight's gradient as pairs and rest."""
-    rest_cols = tl.arange(0, BLOCK_REST)[None, :]
-    row_zero = tl.zeros((1, 1), tl.int32)
-    row_true = row_zero == 0
-    dwa = tl.zeros((1, BLOCK), tl.float32)
-    dwb = tl.zeros((1, BLOCK), tl.float32)
-    dwr = tl.zeros((1, BLOCK_REST), tl.float32)
-    for start in range(0, HEADS, BLOCK_H):
-        heads = (start + tl.arange(0, BLOCK_H)[:, None]).to(tl.int64)
-        head_mask = heads < HEADS
-        d_rows, out_rows = heads * d_stride, heads * out_stride
-        da, db = _load_pairs(d_ptr, d_rows, head_mask, HALF, BLOCK, INTERLEAVED)
-        ga = da * cos + db * sin
-        gb = db * cos - da * sin
-        if COPY_REST:
-            rest_mask = head_mask & (rest_cols < REST)
-            gr = tl.load(d_ptr + d_rows + 2 * HALF + rest_cols, mask=rest_mask, other=0.0).to(tl.float32)
-        if weight_ptr is not None:
-            a, b = _load_pairs(x_ptr, heads * x_stride, head_mask, HALF, BLOCK, INTERLEAVED)
-            wa, wb = _load_pairs(weight_ptr, row_zero, row_true, HALF, BLOCK, INTERLEAVED)
-            squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
-            if COPY_REST:
-                rest = tl.load(x_ptr + heads * x_stride + 2 * HALF + rest_cols, mask=rest_mask, other=0.0)
-                rest = rest.to(tl.float32)
-                squares += tl.sum(rest * rest, axis=1)
-            rstd = tl.rsqrt(squares / (2 * HALF + REST) + eps)[:, None]
-            # Heads past the last have a = 0; with eps = 0 their rstd is infinite and 0 * inf would poison the sums.
-            rstd = tl.where(head_mask, rstd, 0.0)
-            a *= rstd
-            b *= rstd
-            if WEIGHT_GRAD:
-                dwa += tl.sum(ga * a, axis=0)[None, :]
-                dwb += tl.sum(gb * b, axis=0)[None, :]
-            ga *= offset + wa
-            gb *= offset + wb
-            dot = tl.sum(ga * a, axis=1) + tl.sum(gb * b, axis=1)
-            if COPY_REST:
-                w = tl.load(weight_ptr + 2 * HALF + rest_cols, mask=rest_cols < REST, other=0.0).to(tl.float32)
-                rest *= rstd
-                if WEIGHT_GRAD:
-                    dwr += tl.sum(gr * rest, axis=0)[None, :]
-                gr *= offset + w
-                dot += tl.sum(gr * rest, axis=1)
-            mean = (dot / (2 * HALF + REST))[:, None]
-            ga = rstd * (ga - a * mean)
-            gb = rstd * (gb - b * mean)
-            if COPY_REST:
-                gr = rstd * (gr - rest * mean)
-        _store_pairs(out_ptr, out_rows, head_mask, ga, gb, HALF, BLOCK, INTERLEAVED)
-        if COPY_REST:
-            tl.store(out_ptr + out_rows + 2 * HALF + rest_cols, gr.to(out_ptr.dtype.element_ty), mask=rest_mask)
-    return dwa, dwb, dwr
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, batch, position, batch_stride, position_stride, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    cols = tl.arange(0, BLOCK)[None, :]
-    offsets = batch * batch_stride + position * position_stride + cols
-    cos = tl.load(cos_ptr + offsets, mask=cols < HALF, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + offsets, mask=cols < HALF, other=0.0).to(tl.float32)
-    return cos, sin
 
 
 @triton.jit(do_not_specialize=[*_strides_of("q", "k", "q_out", "k_out"), "cos_b", "cos_s", "S"])
@@ -224,26 +54,17 @@ def _forward_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
-    cos, sin = _angles(cos_ptr, sin_ptr, b, s, cos_b * UNIT, cos_s * UNIT, HALF, BLOCK)
-    _forward_heads(
+    cos, sin = angles(cos_ptr, sin_ptr, b, s, cos_b * UNIT, cos_s * UNIT, HALF, BLOCK)
+    forward_heads(
         q_ptr + (b * q_b + s * q_s) * UNIT, q_out_ptr + (b * q_out_b + s * q_out_s) * UNIT, q_weight_ptr,
         q_h * UNIT, q_out_h * UNIT, cos, sin, eps, offset,
         Q_HEADS, HALF, REST, Q_COPY_REST, CAST_FIRST, INTERLEAVED, BLOCK_Q, BLOCK, BLOCK_REST,
     )  # fmt: skip
-    _forward_heads(
+    forward_heads(
         k_ptr + (b * k_b + s * k_s) * UNIT, k_out_ptr + (b * k_out_b + s * k_out_s) * UNIT, k_weight_ptr,
         k_h * UNIT, k_out_h * UNIT, cos, sin, eps, offset,
         K_HEADS, HALF, REST, K_COPY_REST, CAST_FIRST, INTERLEAVED, BLOCK_K, BLOCK, BLOCK_REST,
     )  # fmt: skip
-
-
-@triton.jit
-def _store_partial(ptr, dwa, dwb, dwr, HALF: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
-                   BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    row_zero = tl.zeros((1, 1), tl.int32)
-    _store_pairs(ptr, row_zero, row_zero == 0, dwa, dwb, HALF, BLOCK, INTERLEAVED)
-    rest_cols = tl.arange(0, BLOCK_REST)[None, :]
-    tl.store(ptr + 2 * HALF + rest_cols, dwr, mask=rest_cols < REST)
 
 
 @triton.jit(do_not_specialize=[*_strides_of("dq", "dk", "dq_out", "dk_out", "q", "k"), "cos_b", "cos_s", "tokens", "S"])
@@ -293,8 +114,8 @@ def _backward_kernel(
     token = program  # a while loop: Triton 3.6 cannot interpret a range over tensors with numpy 2.4
     while token < tokens:
         b, s = token // S, token % S
-        cos, sin = _angles(cos_ptr, sin_ptr, b, s, cos_b * UNIT, cos_s * UNIT, HALF, BLOCK)
-        dwa, dwb, dwr = _backward_heads(
+        cos, sin = angles(cos_ptr, sin_ptr, b, s, cos_b * UNIT, cos_s * UNIT, HALF, BLOCK)
+        dwa, dwb, dwr = backward_heads(
             dq_ptr + (b * dq_b + s * dq_s) * UNIT, dq_out_ptr + (b * dq_out_b + s * dq_out_s) * UNIT,
             None if q_ptr is None else q_ptr + (b * q_b + s * q_s) * UNIT, q_weight_ptr,
             dq_h * UNIT, dq_out_h * UNIT, q_h * UNIT, cos, sin, eps, offset,
@@ -303,7 +124,7 @@ def _backward_kernel(
         q_dwa += dwa
         q_dwb += dwb
         q_dwr += dwr
-        dwa, dwb, dwr = _backward_heads(
+        dwa, dwb, dwr = backward_heads(
             dk_ptr + (b * dk_b + s * dk_s) * UNIT, dk_out_ptr + (b * dk_out_b + s * dk_out_s) * UNIT,
             None if k_ptr is None else k_ptr + (b * k_b + s * k_s) * UNIT, k_weight_ptr,
             dk_h * UNIT, dk_out_h * UNIT, k_h * UNIT, cos, sin, eps, offset,
@@ -316,8 +137,8 @@ def _backward_kernel(
     if partial_ptr is not None:
         D: tl.constexpr = 2 * HALF + REST
         partial_ptr += program * 2 * D
-        _store_partial(partial_ptr, q_dwa, q_dwb, q_dwr, HALF, REST, BLOCK, BLOCK_REST, INTERLEAVED)
-        _store_partial(partial_ptr + D, k_dwa, k_dwb, k_dwr, HALF, REST, BLOCK, BLOCK_REST, INTERLEAVED)
+        store_partial(partial_ptr, q_dwa, q_dwb, q_dwr, HALF, REST, BLOCK, BLOCK_REST, INTERLEAVED)
+        store_partial(partial_ptr + D, k_dwa, k_dwb, k_dwr, HALF, REST, BLOCK, BLOCK_REST, INTERLEAVED)
 
 
 def tile(heads: int, half: int) -> int:
