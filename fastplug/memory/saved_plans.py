@@ -150,6 +150,7 @@ def save(model: nn.Module, folder: str | Path) -> Path | None:
     if not values:
         return None
     path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return path
 
