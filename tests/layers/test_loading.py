@@ -155,6 +155,23 @@ def test_loading_needs_the_quantized_model_and_one_tensor(tmp_path):
     assert peak < size + largest + (48 << 20)  # for what the allocator keeps
 
 
+def test_stored_tensors_that_transformers_joins(tmp_path):
+    """The experts of a mixture lie one by one in the files, and in transformers 5 as one tensor in the model."""
+    config = transformers.MixtralConfig(
+        vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    try:
+        loaded = load(tmp_path, "nf4", device="cpu")
+    except ModelError as error:
+        assert "joins or splits" in str(error)
+        assert "quantize_" in str(error)
+        loaded = quantize_(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert torch.equal(logits(loaded), logits(quantize_(model.eval())))
+
+
 def test_save_and_read_without_fastplug(folder, tmp_path):
     ours = load(folder, device="cpu")
     out = save(ours, tmp_path / "nf4", max_shard_size="50KB")
