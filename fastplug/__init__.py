@@ -45,6 +45,8 @@ _HOME = {
     "StrictError": "fastplug.errors",
 }
 
+_MODULES = ("data", "layers")  # packages with public names of their own
+
 __all__ = [
     "Applied",
     "DataError",
@@ -69,6 +71,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastplug.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fastplug' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -77,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_MODULES})
