@@ -77,6 +77,7 @@ def stored_bytes(linear: Any) -> int:
 def _bytes(tensor: Any) -> int:
     """Bytes of a tensor, or of those that one of torchao's is made of."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is not None and type(tensor) not in (torch.nn.Parameter, torch.Tensor):
+    sharded = hasattr(tensor, "device_mesh")  # a DTensor: what counts is the whole, which its layer gathers
+    if flatten is not None and not sharded and type(tensor) not in (torch.nn.Parameter, torch.Tensor):
         return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])
     return int(tensor.numel() * tensor.element_size())
