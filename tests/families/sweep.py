@@ -30,10 +30,24 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16, "decoder_layers": 2,
     "decoder_attention_heads": 4, "decoder_ffn_dim": 128, "encoder_layers": 2, "encoder_attention_heads": 4,
     "encoder_ffn_dim": 128, "is_decoder": True, "tie_word_embeddings": False, "n_group": 1, "topk_group": 1,
+    "n_shared_experts": 1, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "shared_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
 }  # fmt: skip
 LATENT: dict[str, Any] = {
     "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 32,
     "kv_lora_rank": 32, "num_key_value_heads": 4,
+}  # fmt: skip
+# Of models that mix kinds of layers, two layers are one of each.
+MIXED: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2,
+        "mamba_chunk_size": 16,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
 }  # fmt: skip
 LARGEST = 30_000_000
 
@@ -77,6 +91,7 @@ def tiny(model_type: str) -> Any:
     values = {key: value for key, value in SIZES.items() if key in known}
     if "kv_lora_rank" in known:
         values.update({key: value for key, value in LATENT.items() if key in known})
+    values.update(MIXED.get(model_type, {}))
     config = config_class(**values)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind(config).parameters())

@@ -17,12 +17,22 @@ from fastplug.manager import manager
 from tests import models
 from tests.engine.step import assert_parity
 from tests.families import cases, sweep
+from tests.families.test_structural import TYPES
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_table_of_families_is_up_to_date() -> None:
     assert markdown(fastplug_families()) in (DOCS / "families.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_the_types_that_are_tested() -> None:
+    page = (DOCS / "families.md").read_text(encoding="utf-8")
+    found = re.findall(r"(\d+) types without a row get norms, MLPs and the loss:\n\n(.*?)\.\n\n", page, re.DOTALL)
+    ((count, names),) = found
+    assert tuple(re.split(r",\s+", names)) == TYPES
+    assert int(count) == len(TYPES)
+    assert len(TYPES) >= 30
 
 
 def test_every_row_differs_in_words_from_every_other() -> None:

@@ -19,15 +19,17 @@ from tests import models
 from tests.engine.step import assert_equal, fallbacks, step
 from tests.families import sweep
 
-# Types without a row on which norms, MLPs and the loss are found. The whole list: python -m tests.families.sweep
+# Types without a row on which norms, MLPs and the loss are found, as docs/families.md lists them.
 TYPES = (
-    "afmoe", "axk1", "beam", "deepseek_v3", "deepseek_v32", "diffllama", "doge",
-    "dots3_note_text", "emu3", "exaone_moe", "flint",
-    "gemma4_unified_text", "glm4_moe_lite", "glm_moe_dsa", "granite_swa", "hunyuan_v1_dense",
-    "hunyuan_v1_moe", "hy_v3", "hyperclovax", "laguna", "mimo_v2_flash", "minicpm3", "olmo_hybrid",
-    "vaultgemma", "youtu",
+    "afmoe", "aria_text", "axk1", "axk2", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
+    "diffllama", "doge", "dots3_note", "dots3_note_text", "emu3", "exaone_moe", "falcon_h1", "flint",
+    "gemma4_unified_text", "glm4_moe_lite", "glm_moe_dsa", "granite_swa", "granitemoehybrid",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hy_v4", "hyperclovax", "kolibri1", "laguna",
+    "mimo_v2_flash", "minicpm3", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+    "solar_open", "vaultgemma", "youtu",
 )  # fmt: skip
-HERE = [name for name in TYPES if name in sweep.model_types()]
+SLOW = ("falcon_h1",)  # half a minute for its mixer on a CPU: the sweep runs it
+HERE = [name for name in TYPES if name in sweep.model_types() and name not in SLOW]
 
 
 @pytest.mark.parametrize("model_type", HERE)
