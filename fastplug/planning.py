@@ -16,8 +16,9 @@ from fastplug.memory.bytes import OPTIMIZERS
 from fastplug.memory.forecast import Forecast, forecast
 from fastplug.memory.formats import checked
 from fastplug.memory.gpus import parse
+from fastplug.memory.model_reading import decoder_layers
 from fastplug.memory.policy import Policy
-from fastplug.memory.shapes import ModelShape, decoder_layers
+from fastplug.memory.shapes import ModelShape
 from fastplug.options import Options
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -204,7 +205,7 @@ def _stored(model: str, stored: Any) -> str | None:
 
 def _prepare(model: nn.Module) -> None:
     """What PEFT's ``prepare_model_for_kbit_training`` does: 16-bit parameters that are not quantized become fp32."""
-    from fastplug.memory.shapes import linears
+    from fastplug.memory.layer_reading import linears
 
     unwrap: Any = getattr(model, "get_base_model", None)
     head = (model if unwrap is None else unwrap()).get_output_embeddings()  # type: ignore[operator]

@@ -17,9 +17,10 @@ from fastplug.memory.estimate import best_plan, estimate, least, uniform_plan
 from fastplug.memory.forecast import RESERVED, forecast
 from fastplug.memory.formats import BITS, encoded_bytes
 from fastplug.memory.gpus import GPUS, find, of_memory, parse
+from fastplug.memory.model_reading import decoder_layers
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
-from fastplug.memory.shapes import ModelShape, decoder_layers
+from fastplug.memory.shapes import ModelShape
 from fastplug.planning import shape_of
 from tests import models
 from tests.families import cases
