@@ -137,7 +137,8 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], device: tor
     if mask is not None and (type(mask) is DocumentMask or mask.shape[2:] != (x.shape[1], x.shape[1])):
         return None  # where documents begin differs from row to row, and launches depend on it
     attention: Any = getattr(layer, binding.family.attention_name)
-    if not attention_is_stock(attention.config) or getattr(attention, "attention_dropout", 0.0):
+    dropout: float = getattr(attention, "attention_dropout", 0.0)
+    if dropout or not attention_is_stock(attention.config):
         return None  # another function may read what a recording does not see, such as the positions
     return (
         saving,
