@@ -201,7 +201,7 @@ def products(s: Sizes) -> Iterator[Case]:
     yield Case(f"base product {M}x{K}x{N}, backward", "torch", 0, [lambda: torch.mm(dy, w)], flops=2 * M * N * K)
     wide = K + 64
     xp, wp = s.random(M, wide), s.random(N, wide)
-    yield Case(f"base product {M}x{N}x{wide}, adapter folded in", "torch", 0, [lambda: torch.mm(xp, wp.t(), out=out)],
+    yield Case(f"base product {M}x{N}x{wide}, adapter beside it", "torch", 0, [lambda: torch.mm(xp, wp.t(), out=out)],
                flops=2 * M * N * K)  # fmt: skip
     a, b, t = s.random(r, K), s.random(N, r), s.random(M, r)
     xs, dys = [x, s.random(M, K), s.random(M, K)], [dy, s.random(M, N)]

@@ -15,7 +15,6 @@ from fastplug.memory.policy import Policy
 from fastplug.memory.saved import STAGED, Rank, Widths, tensors
 from fastplug.memory.shapes import LayerShape, Linears, ModelShape
 from fastplug.ops.logprobs.chunked import GPU_BYTES, chunks
-from fastplug.ops.lora.group import TOKENS_PER_CHANNEL, WIDTH
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
     row = step.tokens * layer.hidden * step.stream
     if not layer.fused:
         inner = 2 * step.tokens * max((linear.out_features for linear in layer.linears), default=0) * step.compute
-        return Peaks(held, 0, held + inner + row, held + 2 * inner + 2 * row + _buffer(layer.linears, step, 0), 0)
+        return Peaks(held, 0, held + inner + row, held + 2 * inner + 2 * row + _buffer(layer.linears, step), 0)
     mlp = sum(size for name, size in kept(layer, step).items() if name in OF_THE_MLP)
     before_mlp = everything - mlp  # what attention keeps
     inside = everything  # what is there when the layer's backward begins, recomputed or not
@@ -264,16 +263,16 @@ def _attention_forward(layer: LayerShape, step: Step) -> int:
     """From the layer's input to the output of attention's last projection."""
     T, c = step.tokens, step.compute
     x, wide = T * layer.hidden * step.stream, T * (layer.queries + 2 * layer.keys) * c
-    entering = T * (layer.hidden + _extra(layer.qkv, step, T)) * c
+    entering = T * layer.hidden * c
     mixed, out = T * layer.queries * c, T * layer.hidden * c
     turned = T * (layer.queries + layer.keys) * c if layer.head_norm else 0
     repeated = 2 * mixed if step.masked(layer) and layer.heads != layer.kv_heads else 0
     mask = 2 * step.batch * step.length**2 * c if step.masked(layer) else 0
     scores = step.batch * layer.heads * step.length**2 * (c + 4) if step.eager else 0
     return x + max(
-        entering + wide + max(_buffer(layer.qkv, step, T), turned),
+        entering + wide + max(_buffer(layer.qkv, step), turned),
         wide + turned + repeated + mask + scores + mixed,
-        wide + turned + repeated + mask + mixed + out + _buffer(layer.out, step, 0),
+        wide + turned + repeated + mask + mixed + out + _buffer(layer.out, step),
     )
 
 
@@ -286,15 +285,14 @@ def _mlp_forward(layer: LayerShape, step: Step, policy: Policy) -> int:
     if not layer.down:
         return base + row + _experts(layer, step) * 2
     width = sum(linear.out_features for linear in layer.gate_up)
-    entering = t * (layer.hidden + _extra(layer.gate_up, step, t)) * c
-    hidden = t * (layer.intermediate + _extra(layer.down, step, t)) * c
+    entering, hidden = t * layer.hidden * c, t * layer.intermediate * c
     tiled = row if t < T else 0  # the output is there from the first tile on
     return (
         base
         + tiled
         + max(
-            entering + t * width * c + _buffer(layer.gate_up, step, t),
-            t * width * c + hidden + row + _buffer(layer.down, step, t),
+            entering + t * width * c + _buffer(layer.gate_up, step),
+            t * width * c + hidden + row + _buffer(layer.down, step),
         )
     )
 
@@ -310,19 +308,14 @@ def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     width = sum(linear.out_features for linear in layer.gate_up)
     cast = t * H * c if step.stream != c else 0
     d_hidden, d_normed, wide = t * inner * c, t * H * c, t * width * c
-    d_wide = t * (width + _extra(layer.gate_up, step, t, backward=True)) * c
-    folded = _extra(layer.down, step, t, backward=True) if inner > H else 0
-    room = t * (H + folded) * c if folded else 0  # g is copied to where there is room for g B
     again = policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and t < T)
-    overwrites = again and not _extra(layer.gate_up, step, 0, backward=True)
-    down = _buffer(layer.down, step, t if folded else 0, backward=True)
-    gate_up = _buffer(layer.gate_up, step, t, backward=True)
+    down, gate_up = _buffer(layer.down, step), _buffer(layer.gate_up, step)
     weights = _trained(layer.down) + _trained(layer.gate_up)
     moments = [
-        cast + room + down + d_hidden + (wide if again else 0),
-        cast + d_hidden + d_wide + (wide if again and not overwrites else 0),
-        cast + d_wide + gate_up + d_normed,
-        cast + d_wide + 2 * d_normed + weights,
+        cast + down + d_hidden + (wide if again else 0),
+        cast + d_hidden + wide,
+        cast + wide + gate_up + d_normed,
+        cast + wide + 2 * d_normed + weights,
         cast + 2 * d_normed + row,
     ]
     if again:
@@ -340,30 +333,17 @@ def _attention_backward(layer: LayerShape, step: Step) -> int:
     scores = 2 * step.batch * layer.heads * step.length**2 * c if step.eager else 0
     d_normed = T * layer.hidden * c
     return max(
-        d_normed + mixed + _buffer(layer.out, step, 0) + _trained(layer.out),
+        d_normed + mixed + _buffer(layer.out, step) + _trained(layer.out),
         mixed + wide + accumulator + expanded + mask + scores,
-        wide + wide + _buffer(layer.qkv, step, T, backward=True) + d_normed,
+        wide + wide + _buffer(layer.qkv, step) + d_normed,
         wide + wide + 2 * d_normed + _trained(layer.qkv),
     )
 
 
-def _extra(linears: Linears, step: Step, tokens: int, backward: bool = False) -> int:
-    """Columns beside x, or beside g, in which the adapters lie that are folded into the base product (group.py)."""
-    rank = sum(linear.rank for linear in linears)
-    channels = sum(linear.out_features for linear in linears) if backward else linears[0].in_features
-    if not rank or step.compute != 2 or channels % WIDTH:
-        return 0
-    folds = any(linear.decoded for linear in linears) or tokens >= TOKENS_PER_CHANNEL * channels
-    return -(-rank // WIDTH) * WIDTH if folds else 0
-
-
-def _buffer(linears: Linears, step: Step, tokens: int, backward: bool = False) -> int:
-    """Bytes of decoded, copied or cast weights that a product of so many tokens needs at once; 0: it never folds."""
-    extra = _extra(linears, step, tokens, backward) if tokens and linears else 0
-    if extra or any(linear.decoded for linear in linears):
-        rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
-        more = extra * (columns if backward else rows)
-        return (sum(linear.weights for linear in linears) + more) * step.compute
+def _buffer(linears: Linears, step: Step) -> int:
+    """Bytes of decoded or cast weights that a product needs at once."""
+    if any(linear.decoded for linear in linears):
+        return sum(linear.weights for linear in linears) * step.compute
     return sum(linear.weights * step.compute for linear in linears if linear.itemsize != step.compute)
 
 

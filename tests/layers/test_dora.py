@@ -13,7 +13,6 @@ from fastplug.layers import quantize, quantize_
 from fastplug.memory.policy import Policy
 from fastplug.ops.column_dots import kernel as column_kernel
 from fastplug.ops.column_dots import reference as column_reference
-from fastplug.ops.lora import group as group_module
 from fastplug.ops.lora.dora import DoraGroup
 from fastplug.ops.lora.linear import lora_linear
 from fastplug.ops.lora.projection import Kept, Projection
@@ -110,28 +109,6 @@ def test_group_is_the_formula(device, dtype, quantized, tokens):
     y = lora_linear(case.group(), case.x)
     ours = [y, *torch.autograd.grad(y, case.inputs(), case.g)]
     assert_as_accurate(ours, case.truth(dtype), case.truth(torch.float64), case.names())
-
-
-def test_folded_products(device, monkeypatch):
-    """The products with room for the adapters, which a GPU takes, also where the device of this test does not."""
-    monkeypatch.setattr(group_module, "folding", lambda device: True)
-    monkeypatch.setattr(group_module, "WIDTH", 16)
-    for tokens in (50, 500):
-        case = Case(device, torch.bfloat16, tokens, quantized=tokens == 50)
-        group = case.group()
-        with torch.no_grad():
-            x = group.room(tokens, device)
-            assert x.shape[1] > 64
-            x[:, :64] = case.x
-            y, kept = group.forward(x)
-            g = group.gradient_room(tokens, device)
-            g[:, : sum(WIDTHS)] = case.g
-            dx, gb = group.input_gradient(g, kept, True)
-            needs = [t is not None and t.requires_grad for t in group.tensors()]
-            grads = group.parameter_gradients(g[:, : sum(WIDTHS)], gb, x, kept, needs)
-        found = {id(t): grad for t, grad in zip(group.tensors(), grads) if t is not None}
-        ours = [y, dx, *(found[id(t)] for t in case.inputs()[1:])]
-        assert_as_accurate(ours, case.truth(torch.bfloat16), case.truth(torch.float64), case.names())
 
 
 def test_z_from_the_output_that_a_node_keeps(device):

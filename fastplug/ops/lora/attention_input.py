@@ -89,7 +89,7 @@ class AttentionInputFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         group, ops = spec.group, spec.group.ops
         rows = x.reshape(-1, group.in_features)
-        normed, rstd = _normed(spec, rows, norm_weight)  # with room for the adapters
+        normed, rstd = _normed(spec, rows, norm_weight)
         qkv, kept = group.forward(normed)
         q, k, v = _heads(spec, qkv, x.shape[:2])
         raw_q = raw_k = None
@@ -132,8 +132,8 @@ class AttentionInputFunction(torch.autograd.Function):
         if dq is None and dk is None and dv is None:
             return None, None if dh is None else dh.view(x.shape), *([None] * (len(needs) - 2))
 
-        dqkv = group.gradient_room(len(rows), x.device)
-        dq_out, dk_out, dv_out = _heads(spec, dqkv[:, : group.out_features], x.shape[:2])
+        dqkv = torch.empty(len(rows), group.out_features, dtype=group.dtype, device=x.device)
+        dq_out, dk_out, dv_out = _heads(spec, dqkv, x.shape[:2])
         dq = torch.zeros_like(dq_out) if dq is None else dq.transpose(1, 2)
         dk = torch.zeros_like(dk_out) if dk is None else dk.transpose(1, 2)
         dv_out.copy_(dv.transpose(1, 2)) if dv is not None else dv_out.zero_()
@@ -178,12 +178,11 @@ class AttentionInputFunction(torch.autograd.Function):
 def _normed(
     spec: AttentionInput, rows: torch.Tensor, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The projections' input in the compute dtype, in a buffer of :meth:`Group.room` after a norm, and 1/rms."""
+    """The projections' input in the compute dtype, and 1/rms."""
     if spec.norm is None:
         return rows.to(spec.group.dtype), None
-    normed = spec.group.room(len(rows), rows.device)
-    _, _, rstd = spec.group.ops.rms_norm.forward(
-        rows, weight, spec.norm.eps, out=normed[:, : spec.group.in_features], **spec.norm.kwargs()
+    normed, _, rstd = spec.group.ops.rms_norm.forward(
+        rows, weight, spec.norm.eps, out_dtype=spec.group.dtype, **spec.norm.kwargs()
     )
     return normed, rstd
 

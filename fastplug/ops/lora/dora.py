@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastplug.ops.lora.group import Group, fill
+from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.matmul import mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
@@ -88,7 +88,7 @@ class DoraGroup(Group):
             return self._biased(out.addcmul_(z, scale, value=factor), factor)
         y = _times(z, scale)
         if self.adapted.dropout:
-            self._add_undropped(y, x[:, : self.in_features], kept)
+            self._add_undropped(y, x, kept)
         return self._biased(self._added(out, y, factor), factor)
 
     def knowing(self, kept: Kept, output: torch.Tensor) -> Kept:
@@ -105,16 +105,10 @@ class DoraGroup(Group):
     def _base(self, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
         """z [tokens, out_features] and (c, n) [2, out_features] fp32, from one reading of the weights."""
         z = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        if x.shape[1] > self.in_features:
-            assert kept.b is not None
-            weight = self.decoded(beside=kept.b, room=x.shape[1] - self.in_features)
-            parts = [(weight[:, : self.in_features], slice(0, self.out_features))]
-            torch.mm(x, weight.t(), out=z)
-        else:
-            parts = self._weights()
-            start = self.adapted.add(z, kept, False, 1.0)
-            for weight, rows in parts:
-                z[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
+        parts = self._weights()
+        start = self.adapted.add(z, kept, False, 1.0)
+        for weight, rows in parts:
+            z[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
         scale = self._scales(parts, kept) if kept.scale is None else kept.scale
         return z, scale
 
@@ -172,7 +166,6 @@ class DoraGroup(Group):
 
     def _dropped(self, x: torch.Tensor) -> Kept:
         """With dropout every adapter has an input of its own, so each projection is computed alone."""
-        x = x[:, : self.in_features]
         kept = super().adapters(x)
         parts = self._weights()
         z = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
@@ -206,7 +199,6 @@ class DoraGroup(Group):
         self, g: torch.Tensor, kept: Kept, needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         scale = _row(kept, 0)
-        given, g = g, g[:, : self.out_features]
         assert kept.b is not None
         gb = self.adapted.scaled_gb(g, kept._replace(b=_times(kept.b, scale[:, None])))
         if not needs_dx:
@@ -214,24 +206,14 @@ class DoraGroup(Group):
         assert gb is not None
         if self.adapted.dropout:
             return self._dropped_dx(g, gb, kept), gb
-        room = self._extra(len(g), self.out_features, g.device)
         scale_weight = len(g) > self.in_features  # which is smaller than g then
-        if not room:
-            dx = self.adapted.dx(gb, kept)
-            for weight, rows in self._weights():
-                if scale_weight:
-                    dx.addmm_(g[:, rows], _times(weight, scale[rows, None]))
-                else:
-                    dx.addmm_(_times(g[:, rows], scale[rows]), weight)
-            return dx, gb
-        weight = self.decoded(below=kept.a, room=room)
-        if scale_weight and given.shape[1] > self.out_features:
-            weight[: self.out_features].mul_(scale[:, None])
-        else:
-            given = torch.empty(len(g), self.out_features + room, dtype=self.dtype, device=g.device)
-            torch.mul(g, scale, out=given[:, : self.out_features])
-        fill(given[:, self.out_features :], gb)
-        return given @ weight, gb
+        dx = self.adapted.dx(gb, kept)
+        for weight, rows in self._weights():
+            if scale_weight:
+                dx.addmm_(g[:, rows], _times(weight, scale[rows, None]))
+            else:
+                dx.addmm_(_times(g[:, rows], scale[rows]), weight)
+        return dx, gb
 
     def _dropped_dx(self, g: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
         scale = _row(kept, 0)

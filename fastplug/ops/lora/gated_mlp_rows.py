@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastplug.ops.lora.group import Grads, Group, Kept
+from fastplug.ops.lora.group import Grads, Kept
 
 if TYPE_CHECKING:
     from fastplug.ops.lora.gated_mlp import GatedMLP
@@ -15,26 +15,20 @@ if TYPE_CHECKING:
 def normalized(
     spec: GatedMLP, rows: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The input of gate and up (after a norm in a buffer of :meth:`Group.room`), rows + residual, and 1/rms."""
+    """The input of gate and up, rows + residual, and 1/rms."""
     if spec.norm is None:
         return rows.to(spec.gate_up.dtype), rows, None
-    normed = spec.gate_up.room(len(rows), rows.device)
-    _, h, rstd = spec.gate_up.ops.rms_norm.forward(
-        rows,
-        weight,
-        spec.norm.eps,
-        residual=residual,
-        out=normed[:, : spec.gate_up.in_features],
-        **spec.norm.kwargs(),
+    normed, h, rstd = spec.gate_up.ops.rms_norm.forward(
+        rows, weight, spec.norm.eps, residual=residual, out_dtype=spec.gate_up.dtype, **spec.norm.kwargs()
     )
     return normed, h, rstd
 
 
 def activated(spec: GatedMLP, gate_up: torch.Tensor) -> torch.Tensor:
-    """act(gate) · up, in a buffer of :meth:`Group.room`."""
+    """act(gate) · up [rows, width]."""
     gate, up = gate_up.split(spec.widths, dim=-1)
-    hidden = spec.down.room(len(gate_up), gate_up.device)
-    spec.down.ops.glu.forward(gate, up, spec.activation, hidden[:, : up.shape[1]])
+    hidden = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    spec.down.ops.glu.forward(gate, up, spec.activation, hidden)
     return hidden
 
 
@@ -76,10 +70,9 @@ def backward(
     hidden, gb = spec.down.input_gradient(g, down_kept, True)
     assert hidden is not None
     compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
-    overwrite = overwrite and not compiling and not _has_gradient_room(spec.gate_up, g.device)
-    overwrite = overwrite and not spec.gate_up.output_known
-    d_gate_up = gate_up if overwrite else spec.gate_up.gradient_room(len(g), g.device)
-    d_gate, d_up = d_gate_up[:, : spec.gate_up.out_features].split(spec.widths, dim=-1)
+    overwrite = overwrite and not compiling and not spec.gate_up.output_known
+    d_gate_up = gate_up if overwrite else torch.empty_like(gate_up)
+    d_gate, d_up = d_gate_up.split(spec.widths, dim=-1)
     d_hidden = hidden
     if needs_hidden and compiling:
         hidden = torch.empty_like(d_hidden)
@@ -114,10 +107,4 @@ def _recomputed(
     if kept is None:
         nothing = torch.empty(0, spec.down.in_features, dtype=spec.down.dtype, device=h.device)
         kept = spec.gate_up.adapters(normed), spec.down.adapters(nothing)
-    elif normed.shape[1] > spec.gate_up.in_features and kept[0].xa is not None:
-        normed[:, spec.gate_up.in_features :].copy_(kept[0].xa)
     return spec.gate_up.products(normed, kept[0]), rstd, kept
-
-
-def _has_gradient_room(group: Group, device: torch.device) -> bool:
-    return group.gradient_room(0, device).shape[1] > group.out_features

@@ -63,12 +63,22 @@ def low_rank_add(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float
         _add_kernel[(triton.cdiv(M, ROWS) * column_blocks,)](
             y, x, b, y.stride(0) // unit, *x.stride(), *b.stride(), M, N, x.shape[1], alpha, column_blocks,
             UNIT=unit, ROWS=ROWS, COLUMNS=COLUMNS, RANK=max(16, power_of_2(x.shape[1])), num_warps=WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _fits(y: torch.Tensor) -> bool:
+    """Whether the tiles fit into registers: with tensor cores that take the dtype (from sm_80 on), in 16 bits."""
+    if not y.is_cuda:
+        return y.dtype != torch.float64  # the interpreter
+    return y.dtype.itemsize == 2 and (
+        torch.version.hip is not None or torch.cuda.get_device_capability(y.device) >= (8, 0)
+    )
 
 
 def add(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> None:
     """See :func:`fastplug.ops.low_rank.reference.add`."""
-    if x.shape[1] > LARGEST_RANK or y.dtype == torch.float64:
+    if x.shape[1] > LARGEST_RANK or not _fits(y):
         y.addmm_(x, b.t(), alpha=alpha)
         return
     check_output("y", y, (x.shape[0], b.shape[0]))

@@ -1,4 +1,4 @@
-"""Adapters folded into the base product give what separate products give, outputs and every gradient."""
+"""A group's products with their adapters, over a decoded and a dense base: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from fastplug.ops.lora import group as group_module
 from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
 from fastplug.ops.lora.group import Group, Projection
@@ -75,47 +74,9 @@ def mlp_reference(projections, x, residual, weight, *adapters):
     return h + down(inner, next(a), next(a))
 
 
-@pytest.fixture(params=[True, False], ids=["folded", "separate"])
-def folded(request, monkeypatch):
-    monkeypatch.setattr(group_module, "folding", lambda device: request.param)
-    return request.param
-
-
-def test_room_is_for_the_adapters_only_where_they_are_folded(device, folded):
-    group = Group([projection(INNER, HIDDEN, device, 1), projection(INNER, HIDDEN, device, 2)], torch.bfloat16,
-                  table_for(device))  # fmt: skip
-    width = group_module.WIDTH if folded else 0
-    assert group.room(TOKENS, device).shape == (TOKENS, HIDDEN + width)
-    assert group.gradient_room(TOKENS, device).shape == (TOKENS, 2 * INNER + width)
-
-
-def test_where_there_is_no_room(device, monkeypatch):
-    monkeypatch.setattr(group_module, "folding", lambda device: True)
-    ops = table_for(device)
-
-    def widths(p: Projection, dtype: torch.dtype, tokens: int = TOKENS) -> tuple[int, int]:
-        group = Group([p], dtype, ops)
-        return group.room(tokens, device).shape[1] - HIDDEN, group.gradient_room(tokens, device).shape[1] - INNER
-
-    assert widths(projection(INNER, HIDDEN, device, 1), torch.float32) == (0, 0)
-    assert widths(projection(INNER, HIDDEN, device, 1), torch.bfloat16) == (64, 64)
-    # x may be dropped for A alone, but the adapter's part of dx is dropped too
-    assert widths(projection(INNER, HIDDEN, device, 1, dropout=0.5), torch.bfloat16) == (64, 0)
-    without = projection(INNER, HIDDEN, device, 1)
-    without.a = without.b = None
-    assert widths(without, torch.bfloat16) == (0, 0)
-    wide = projection(INNER, HIDDEN, device, 1)
-    wide.a, wide.b = wide.a.repeat(9, 1), wide.b.repeat(1, 9)
-    assert widths(wide, torch.bfloat16) == (128, 128)
-    stored = dense_projection(INNER, HIDDEN, device, 1)
-    assert widths(stored, torch.bfloat16, 2 * HIDDEN - 1) == (0, 0)  # a copy of the weight would not pay
-    assert widths(stored, torch.bfloat16, 2 * HIDDEN) == (64, 0)
-    assert widths(stored, torch.bfloat16, 2 * INNER) == (64, 64)
-
-
 @pytest.mark.parametrize("make", [projection, dense_projection])
 @pytest.mark.parametrize("shape", [(INNER, HIDDEN), (HIDDEN, INNER)], ids=["wide", "narrow"])
-def test_one_projection(device, folded, shape, make):
+def test_one_projection(device, shape, make):
     p = make(*shape, device, 2)
     ops = table_for(device)
 
@@ -128,7 +89,7 @@ def test_one_projection(device, folded, shape, make):
 
 
 @pytest.mark.parametrize("make", [projection, dense_projection])
-def test_a_gated_mlp(device, folded, make):
+def test_a_gated_mlp(device, make):
     ops = table_for(device)
     projections = [make(*shape, device, i) for i, shape in enumerate([(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)])]
 
@@ -143,14 +104,3 @@ def test_a_gated_mlp(device, folded, make):
     ]
     inputs += [t.detach() for p in projections for t in (p.a, p.b)]
     assert_accurate(fused, functools.partial(mlp_reference, projections), inputs)
-
-
-def test_what_is_kept_for_the_backward_holds_no_buffer(device, monkeypatch):
-    monkeypatch.setattr(group_module, "folding", lambda device: True)
-    where = device
-    group = Group([projection(INNER, HIDDEN, device, 1)], torch.bfloat16, table_for(where))
-    room = group.room(TOKENS, where)
-    room[:, :HIDDEN].normal_()
-    _, kept = group.forward(room)
-    assert kept.xa is not None
-    assert kept.xa.untyped_storage().nbytes() == TOKENS * RANK * 2
