@@ -163,11 +163,11 @@ def test_stored_tensors_that_transformers_joins(tmp_path):
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
     model.save_pretrained(tmp_path)
-    try:
+    if any(name.endswith("experts.0.w1.weight") for name in model.state_dict()):  # transformers 4
         loaded = load(tmp_path, "nf4", device="cpu")
-    except ModelError as error:
-        assert "joins or splits" in str(error)
-        assert "quantize_" in str(error)
+    else:
+        with pytest.raises(ModelError, match=r"joins or splits.*quantize_"):
+            load(tmp_path, "nf4", device="cpu")
         loaded = quantize_(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
     assert torch.equal(logits(loaded), logits(quantize_(model.eval())))
 
