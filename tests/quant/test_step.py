@@ -145,7 +145,7 @@ def test_columns_in_groups_that_do_not_exist() -> None:
         ),
         ("compressed nvfp4", lambda layer: delattr(layer, "weight_scale"), "has no weight_scale"),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_what_cannot_be_read_is_left_to_the_library(name: str, change: Any, reason: str) -> None:
     """An inconsistent layer is refused with the reason, and the rest is patched."""
