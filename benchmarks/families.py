@@ -263,8 +263,6 @@ def main() -> None:
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
         parser.error(f"no shape for {', '.join(unknown)}; known: {', '.join(SHAPES)}")
-    warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     results: list[Result] = []
     left: list[str] = []
     try:
@@ -294,4 +292,6 @@ def measure_all(names: list[str], arguments: argparse.Namespace, results: list[R
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     main()

@@ -368,8 +368,11 @@ def accelerator() -> Iterator[Callable[..., Any]]:
     import accelerate
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    states = (AcceleratorState, GradientState, PartialState)  # of the process: what a test before left stays
+    for state in states:
+        state._reset_state()
     yield lambda **options: accelerate.Accelerator(cpu=True, **options)
-    for state in (AcceleratorState, GradientState, PartialState):
+    for state in states:
         state._reset_state()
 
 
