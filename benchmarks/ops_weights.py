@@ -93,7 +93,7 @@ def formats(s: Sizes) -> Iterator[Case]:
     if importlib.util.find_spec("fastplug.ops.int_weights"):
         from fastplug.ops.int_weights.reference import Layout as Int
 
-        zeros = torch.randint(0, 2**31, (N * 4 // 32, K // 128), device=s.device, dtype=torch.int32)
+        zeros = torch.randint(0, 2**31, (K // 128, N * 4 // 32), device=s.device, dtype=torch.int32).t()
         yield from cases("int_weights", {
             "int8 decode (LLM.int8)": (
                 Int((N, K), 8, "row", K, "twos", factor=1 / 127),

@@ -37,7 +37,7 @@ class Options:
         exact: With FP8, names of linear modules that stay exact all the same, with wildcards: ``("*.down_proj",)``.
         fp8_weights: ``"kept"`` keeps the base in FP8 beside its own format, a byte a weight for each direction,
             ``"decoded"`` quantizes it anew for each product, ``"auto"`` keeps weights while half of the device's
-            memory stays free.
+            memory stays free, but not under ``memory``.
         memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what
             is free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted
             as reserved memory plus the CUDA context. ``"keep"`` lets every layer keep all it can use, ``"full"`` has it

@@ -28,7 +28,10 @@ def prepare(model: nn.Module, device: torch.device, runtime: Runtime) -> str | N
     reason = fp8_reason(device)
     if reason is not None:
         raise OptionError(f"fastplug: compute={options.compute!r} is not possible: {reason}; leave compute='exact'")
-    runtime.fp8 = Fp8(options.compute == "fp8", KEEP[options.fp8_weights])
+    keep = KEEP[options.fp8_weights]
+    if options.memory is not None and keep is None:
+        keep = False  # a budget is for what the plan knows of
+    runtime.fp8 = Fp8(options.compute == "fp8", keep)
     linears = _linears(model, runtime)
     exact = _named(linears, options)
     runtime.exact = weakref.WeakSet(exact)

@@ -120,6 +120,18 @@ def test_weights_are_quantized_once_or_each_time(model, batch, monkeypatch):
         assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in first.gradients)
 
 
+def test_a_memory_budget_has_no_room_for_weights_that_auto_would_keep(model):
+    def keep(**options):
+        fastplug.apply(model, compute="fp8", **options)
+        found = next(m for m in model.modules() if "_fastplug" in m.__dict__).__dict__["_fastplug"].runtime.fp8.keep
+        fastplug.undo(model)
+        return found
+
+    assert keep() is None
+    assert keep(memory="keep") is False
+    assert keep(memory="keep", fp8_weights="kept") is True
+
+
 def test_a_kept_weight_that_changes_is_quantized_again(batch, device):
     model = build("lora").to(device)
     twin = patched(model, compute="fp8", fp8_weights="kept")
