@@ -52,6 +52,7 @@ def _kernel(
     row_start,
     rows,
     K,
+    words_in_row,
     VALUE: tl.constexpr,
     SCALE: tl.constexpr,
     DIVIDE: tl.constexpr,
@@ -67,7 +68,7 @@ def _kernel(
     first = tl.program_id(1) * BW
     word = first + tl.arange(0, BW)
     row_mask = local < rows
-    mask = row_mask[:, None] & (word * E < K)[None, :]
+    mask = row_mask[:, None] & (word < words_in_row)[None, :]  # in words, so that the compiler can load several at once
     k = word[None, :, None] * E + tl.arange(0, E)[None, None, :]
     words = tl.load(codes_ptr + n.to(tl.int64)[:, None] * code_n + word[None, :], mask=mask, other=0).to(tl.int32)
     code = (words[:, :, None] >> (tl.arange(0, E)[None, None, :] * 4)) & 15 if E > 1 else words[:, :, None] & 255
@@ -118,7 +119,7 @@ def float_decode(
         words = codes.view(torch.int32) if codes.storage_offset() % 4 == 0 else codes.clone().view(torch.int32)
     with on_device(out):
         _kernel[(triton.cdiv(rows, BN), triton.cdiv(K, BW * E))](
-            words, scales, outer, out, K // E, scale_n, scale_g, stride // unit, row_start, rows, K,
+            words, scales, outer, out, K // E, scale_n, scale_g, stride // unit, row_start, rows, K, K // E,
             FORMATS[value], FORMATS[scale], divide, high, wide, E, unit, BN, BW, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 

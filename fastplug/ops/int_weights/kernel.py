@@ -114,6 +114,7 @@ def _along_k(
     row_start,
     rows,
     K,
+    words_in_row,  # of E codes each, the last one included
     period,
     factor,
     BITS: tl.constexpr,
@@ -135,12 +136,13 @@ def _along_k(
     first = tl.program_id(1) * BW
     word = first + tl.arange(0, BW)
     row_mask = local < rows
+    there = row_mask[:, None] & (word < words_in_row)[None, :]  # in words, so that several can be loaded at once
     mask = row_mask[:, None] & (word * E < K)[None, :]
     e = tl.arange(0, E)[None, None, :]
     k = word[None, :, None] * E + e
     row_ptr = codes_ptr + n.to(tl.int64) * code_n
     if E * BITS == WIDTH:
-        words = tl.load(row_ptr[:, None] + word.to(tl.int64)[None, :] * code_w, mask=mask, other=0).to(tl.int32)
+        words = tl.load(row_ptr[:, None] + word.to(tl.int64)[None, :] * code_w, mask=there, other=0).to(tl.int32)
         code = (words[:, :, None] >> (e * BITS)) & ((1 << BITS) - 1)
     else:
         code = _stream(row_ptr[:, None, None], k * BITS, code_w, mask[:, :, None], BITS, WIDTH)
@@ -271,8 +273,8 @@ def int_decode(
             BN = min(tile // (words * E), power_of_2(rows))
             grid = (triton.cdiv(rows, BN), triton.cdiv(K, words * E))
             _along_k[grid](
-                codes, scales, zeros, g_idx, out, code_n, code_w, *numbers, len(scales), factor, *flags, width, E, unit,
-                BN, words, num_warps=4, enable_fp_fusion=False,
+                codes, scales, zeros, g_idx, out, code_n, code_w, *numbers, -(-K // E), len(scales), factor, *flags, width,
+                E, unit, BN, words, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             awq, parts = packing == "output", 8 * codes.element_size() // bits
