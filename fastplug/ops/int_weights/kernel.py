@@ -273,8 +273,8 @@ def int_decode(
             BN = min(tile // (words * E), power_of_2(rows))
             grid = (triton.cdiv(rows, BN), triton.cdiv(K, words * E))
             _along_k[grid](
-                codes, scales, zeros, g_idx, out, code_n, code_w, *numbers, -(-K // E), len(scales), factor, *flags, width,
-                E, unit, BN, words, num_warps=4, enable_fp_fusion=False,
+                codes, scales, zeros, g_idx, out, code_n, code_w, *numbers, -(-K // E), len(scales), factor, *flags,
+                width, E, unit, BN, words, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             awq, parts = packing == "output", 8 * codes.element_size() // bits
