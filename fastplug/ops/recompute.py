@@ -8,6 +8,7 @@ its output will never be read.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 
@@ -44,14 +45,7 @@ def checkpointing() -> str:
 
 def recomputing() -> bool:
     """Whether gradient checkpointing is computing a region again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or torch.compiler.is_compiling():
-        return False
-    countdown = getattr(hooks[0], "__self__", None)
-    if isinstance(countdown, Countdown):
-        return countdown.total is not None
-    pack = inspect.unwrap(hooks[0])
-    return getattr(pack, "__qualname__", None) == HOOK and pack.__module__ == "torch.utils.checkpoint"
+    return _recomputation() is not None
 
 
 def tensors_left() -> int | None:
@@ -59,19 +53,31 @@ def tensors_left() -> int | None:
 
     None when nothing is being recomputed, or when it would run on to the end of the region.
     """
-    if torch.compiler.is_compiling():  # AOT autograd decides what is computed again
+    hook = _recomputation()
+    if hook is None:
+        return None
+    if isinstance(hook, Countdown):
+        return hook.total - hook.count  # type: ignore[operator]  # which has a total, or it would be no recomputation
+    found = inspect.getclosurevars(hook).nonlocals
+    frame = found["target_frame_ref"]()
+    if frame is None or not frame.early_stop:
+        return None
+    return len(frame.weak_holders) - frame.recomp_counter[found["gid"]]  # type: ignore[no-any-return]
+
+
+def _recomputation() -> Countdown | Callable[..., object] | None:
+    """What takes the tensors that nodes save in a recomputation: a countdown, or ``torch.utils.checkpoint``'s hook.
+
+    None where nothing is being recomputed, and while the compiler traces: it decides by itself what is computed again.
+    """
+    if torch.compiler.is_compiling():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return None
     countdown = getattr(hooks[0], "__self__", None)
     if isinstance(countdown, Countdown):
-        return None if countdown.total is None else countdown.total - countdown.count
-    pack = inspect.unwrap(hooks[0])
-    if getattr(pack, "__qualname__", None) != HOOK or pack.__module__ != "torch.utils.checkpoint":
-        return None
-    found = inspect.getclosurevars(pack).nonlocals
-    frame = found["target_frame_ref"]()
-    if frame is None or not frame.early_stop:
-        return None
-    return len(frame.weak_holders) - frame.recomp_counter[found["gid"]]  # type: ignore[no-any-return]
+        return None if countdown.total is None else countdown
+    pack: Callable[..., object] = inspect.unwrap(hooks[0])
+    ours = getattr(pack, "__qualname__", None) == HOOK and pack.__module__ == "torch.utils.checkpoint"
+    return pack if ours else None

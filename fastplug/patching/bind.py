@@ -141,9 +141,7 @@ def unbind(module: nn.Module) -> bool:
     binding: Binding | None = module.__dict__.pop(KEY, None)
     if binding is None:
         return False
-    binding.graphs = (
-        None  # recordings hold the binding and the layer's activations: waiting for a collection is too long
-    )
+    binding.graphs = None  # recordings hold the binding too: a cycle, which would keep the layer's activations
     base = type(module).__dict__.get(MARK)
     own = module.__dict__.get("forward")
     if own is not None and getattr(own, "__func__", None) is type(module).forward and base is not None:

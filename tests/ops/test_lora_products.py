@@ -20,9 +20,7 @@ from tests.accuracy import assert_as_accurate
 HIDDEN, INNER, TOKENS, RANK = 64, 128, 24, 8
 
 
-def projection(
-    out_features: int, in_features: int, device: torch.device, seed: int, dropout: float = 0.0
-) -> Projection:
+def projection(out_features: int, in_features: int, device: torch.device, seed: int) -> Projection:
     torch.manual_seed(seed)
     weight = torch.randn(out_features, in_features) / in_features**0.5
     linear = bnb.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4")
@@ -31,7 +29,7 @@ def projection(
     a = torch.nn.Parameter((torch.randn(RANK, in_features) / in_features**0.5).to(device))
     b = torch.nn.Parameter((torch.randn(out_features, RANK) / RANK**0.5).to(device))
     read = functools.partial(BitsAndBytes4().read, linear)
-    return Projection(read, (out_features, in_features), a=a, b=b, scaling=0.5 + 0.25 * seed, dropout=dropout)
+    return Projection(read, (out_features, in_features), a=a, b=b, scaling=0.5 + 0.25 * seed)
 
 
 def dense_projection(out_features: int, in_features: int, device: torch.device, seed: int) -> Projection:

@@ -112,12 +112,11 @@ class Adapters:
 
     # --- backward -------------------------------------------------------------------------------------------------
 
-    def scaled_gb(self, g: torch.Tensor, kept: Kept, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """scaling · g B [tokens, rank] for g [tokens, out_features], into ``out`` where it is given."""
+    def scaled_gb(self, g: torch.Tensor, kept: Kept) -> torch.Tensor | None:
+        """scaling · g B [tokens, rank] for g [tokens, out_features]."""
         if kept.b is None:
             return None
-        if out is None:
-            out = self._empty(len(g), g)
+        out = self._empty(len(g), g)
         tiles = self.tiles(g)
         if len(tiles) == 1:
             return self._scaled(g, kept.b, out)

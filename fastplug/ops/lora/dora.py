@@ -149,8 +149,7 @@ class DoraGroup(Group):
         recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or recorded:
             owner = None
-        stored = [p.read().tensors[0] for p in self.projections]
-        state = [(tensor.data_ptr(), tensor._version) for tensor in stored] if owner is not None else []
+        state = self.stored_state() if owner is not None else []
         known = None if owner is None else _norms.get(owner)
         if known is not None and known.state == state and known.dtype == self.dtype:
             return known.squares

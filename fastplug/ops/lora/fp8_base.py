@@ -77,9 +77,9 @@ class Fp8:
         if any(owner is None for owner in owners):
             return _quantize(group, transposed)
         key = (*map(id, owners), int(transposed))
-        state = _state(group)
+        state = group.stored_state()
         kept = self._kept.get(key)
-        if kept is not None and kept.state == state and all(map(_same, kept.owners, owners)):
+        if kept is not None and kept.state == state and all(ref() is owner for ref, owner in zip(kept.owners, owners)):
             return kept.weight
         self._kept.pop(key, None)
         made = _quantize(group, transposed)
@@ -95,15 +95,6 @@ class Fp8:
         free, total = torch.cuda.mem_get_info(values.device)
         cached = torch.cuda.memory_reserved(values.device) - torch.cuda.memory_allocated(values.device)
         return free + cached > KEPT_SHARE * total
-
-
-def _state(group: Group) -> list[tuple[int, int]]:
-    stored = [p.read().tensors[0] for p in group.projections]
-    return [(tensor.data_ptr(), tensor._version) for tensor in stored]
-
-
-def _same(ref: weakref.ref[object], owner: object) -> bool:
-    return ref() is owner
 
 
 def _quantize(group: Group, transposed: bool) -> Quantized:

@@ -149,11 +149,15 @@ class Group:
         buffer = torch.empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
         row = 0
         for weight in encoded:
-            whole = weight.shape == shape
-            target = buffer if whole else buffer[row : row + weight.shape[0], : self.in_features]
-            weight.decode(target, self.ops)
-            row += weight.shape[0]
+            end = row + weight.shape[0]
+            weight.decode(buffer if weight.shape == shape else buffer[row:end], self.ops)
+            row = end
         return buffer
+
+    def stored_state(self) -> list[tuple[int, int]]:
+        """Where each stored weight lies and which version it is: what is derived from them holds while this does."""
+        stored = [p.read().tensors[0] for p in self.projections]
+        return [(tensor.data_ptr(), tensor._version) for tensor in stored]
 
     def _weights(self) -> list[tuple[torch.Tensor, slice]]:
         """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
