@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from fastplug.ops.document_attention.documents import Documents
+from fastplug.ops.lazy import KNOWN, LazyTensor
 
 
-class DocumentMask(torch.Tensor):
+class DocumentMask(LazyTensor):
     """Stands for ``documents.mask(window)``, bool [B, 1, S, S], true where a query may see a key."""
 
     documents: Documents
@@ -30,9 +31,6 @@ class DocumentMask(torch.Tensor):
         made.documents, made.window = documents, window
         return made
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
-
     def tensor(self) -> torch.Tensor:
         """The mask itself, made once per step."""
         return self.documents.mask(self.window)
@@ -46,15 +44,7 @@ class DocumentMask(torch.Tensor):
                 return function(*args, **(kwargs or {}))
         if function in _SAME and isinstance(args[0], DocumentMask) and _stays(args[0], args[1:], kwargs):
             return args[0]
-        args, kwargs = torch.utils._pytree.tree_map(_tensor, (args, dict(kwargs or {})))
-        return function(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(_tensor, (args, dict(kwargs or {})))
-        return function(*args, **kwargs)
+        return cls.on_the_numbers(function, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.tensor().__reduce_ex__(protocol)
@@ -66,30 +56,16 @@ class DocumentMask(torch.Tensor):
         return f"DocumentMask(shape={tuple(self.shape)}, documents={len(self.documents.cu_seqlens) - 1})"
 
 
-# What is known without the numbers; gradient checkpointing writes requires_grad on what it keeps.
-_KNOWN = {
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in "shape dtype device layout ndim is_cuda requires_grad grad grad_fn is_leaf".split()
-    ),
-    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.__len__,
-    torch.Tensor.is_floating_point,
-    torch.is_floating_point,
-}
+# Gradient checkpointing writes requires_grad on what it keeps.
+_GRAD: Any = torch.Tensor.grad
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+_KNOWN = KNOWN | {_GRAD.__get__, _REQUIRES_GRAD.__set__}
 _SAME = {torch.Tensor.detach, torch.Tensor.contiguous, torch.Tensor.to}
 
 
 def _stays(mask: DocumentMask, wanted: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
     """Whether ``detach()``, ``contiguous()`` or ``to(...)`` asks for what the mask is already."""
     return not kwargs and all(value in (mask.device, mask.dtype) for value in wanted)
-
-
-def _tensor(value: Any) -> Any:
-    return value.tensor() if isinstance(value, DocumentMask) else value
 
 
 __all__ = ["DocumentMask"]

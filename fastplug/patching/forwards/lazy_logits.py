@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from fastplug.ops.lazy import KNOWN, LazyTensor
 
-class LazyLogits(torch.Tensor):
+
+class LazyLogits(LazyTensor):
     """Stands for ``head(hidden_states)`` [B, S, V] and behaves as that tensor from the first use on.
 
     A tensor without storage, since libraries sort what a model returns by ``isinstance(value, torch.Tensor)``. Until
@@ -41,9 +43,6 @@ class LazyLogits(torch.Tensor):
         made: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         made._compute, made._value, made.hidden, made.steps = compute, None, hidden, steps
         return made
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
 
     def tensor(self) -> torch.Tensor:
         """The logits, computed once."""
@@ -87,7 +86,7 @@ class LazyLogits(torch.Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if function in _KNOWN and isinstance(args[0], LazyLogits) and not args[0].computed:
+        if function in KNOWN and isinstance(args[0], LazyLogits) and not args[0].computed:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         dtype = _cast(function, args, kwargs or {})
@@ -96,16 +95,7 @@ class LazyLogits(torch.Tensor):
         step = _step(function, args, kwargs or {})
         if step is not None:
             return args[0].then(*step)
-        args, kwargs = torch.utils._pytree.tree_map(_tensor, (args, dict(kwargs or {})))
-        return function(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """What C++ does with the tensor (a collective, say), past ``__torch_function__``."""
-        args, kwargs = torch.utils._pytree.tree_map(_tensor, (args, dict(kwargs or {})))
-        return function(*args, **kwargs)
+        return cls.on_the_numbers(function, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _identity, (self.tensor(),)
@@ -116,20 +106,6 @@ class LazyLogits(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "computed" if self.computed else "computed when read"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
-
-
-# What is known without the numbers.
-_KNOWN = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "grad_fn", "is_leaf")
-} | {
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.__len__,
-    torch.Tensor.is_floating_point,
-    torch.is_floating_point,
-}
 
 
 # Factors that a forward puts on its logits; True for divisions. In place they give a new value to the same name.
@@ -165,10 +141,6 @@ def _cast(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> to
     if function is torch.Tensor.to and len(args) == 2 and not kwargs and isinstance(args[1], torch.dtype):
         return args[1]
     return None
-
-
-def _tensor(value: Any) -> Any:
-    return value.tensor() if isinstance(value, LazyLogits) else value
 
 
 def _identity(value: Any) -> Any:
