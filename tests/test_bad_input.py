@@ -303,3 +303,20 @@ def test_other_errors_of_a_kernel_are_not_hidden(monkeypatch: pytest.MonkeyPatch
     guarded = Guarded(Functions, Functions, "glu", {"glu": "triton"})
     with pytest.raises(RuntimeError, match="planted"):
         guarded.forward()
+
+
+def test_kernels_do_not_compute_fp64() -> None:
+    """They would do it in fp32."""
+    from fastplug.ops.glu import reference
+    from fastplug.ops.table import Guarded
+
+    class Functions:
+        @staticmethod
+        def forward(*args: object) -> None:
+            raise AssertionError("a kernel was given fp64")
+
+    guarded = Guarded(Functions, reference, "glu", {"glu": "triton"})
+    gate, up = torch.randn(2, 3, 8, dtype=torch.float64)
+    out = torch.empty_like(gate)
+    guarded.forward(gate, up, "silu", out)
+    torch.testing.assert_close(out, torch.nn.functional.silu(gate) * up, rtol=1e-12, atol=0)

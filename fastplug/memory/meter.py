@@ -76,7 +76,8 @@ class CUDAMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._before: float | None = None
+        self._before = 1.0  # the limit that was there
+        self._restore: weakref.finalize[[], CUDAMeter] | None = None  # also for a model that is dropped, not undone
 
     def total(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[1])
@@ -106,16 +107,18 @@ class CUDAMeter:
 
     def limit(self, size: int | None) -> None:
         """A setting of the process: PyTorch has one limit for each device."""
+        limit = torch.cuda.set_per_process_memory_fraction
         if size is None:
-            if self._before is not None:
-                torch.cuda.set_per_process_memory_fraction(self._before, self.device)
-                self._before = None
+            if self._restore is not None:
+                self._restore()
+                self._restore = None
             return
-        if self._before is None:
+        if self._restore is None:
             read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
             self._before = float(read(self.device)) if read is not None else 1.0
-        share = min(self._before, max(size, 0) / self.total())
-        torch.cuda.set_per_process_memory_fraction(float(share), self.device)
+            self._restore = weakref.finalize(self, limit, self._before, self.device)
+            self._restore.atexit = False
+        limit(float(min(self._before, max(size, 0) / self.total())), self.device)
 
     def release(self) -> None:
         torch.cuda.empty_cache()

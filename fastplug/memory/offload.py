@@ -19,6 +19,9 @@ import torch
 from fastplug.memory.host_memory import PIECE, HostPool, check_host_memory
 
 SMALLEST = 2**16  # bytes below which a tensor stays on the device
+# A layout stays as it is, expanded and padded ones too, if copying its gaps adds no more than this factor: attention's
+# backward wants the padded rows of a mask that its forward saved.
+MOST_HOLES = 1.25
 
 
 class Handle:
@@ -62,14 +65,17 @@ class Group:
         tensor = tensor.detach()
         if tensor.device != self._offloader.device or tensor.numel() * tensor.itemsize < SMALLEST:
             return tensor
-        if not torch.ops.aten.is_non_overlapping_and_dense(tensor):  # type: ignore[no-untyped-call]
+        size, stride = tensor.size(), tensor.stride()
+        span = 1 + sum((n - 1) * step for n, step in zip(size, stride))  # elements from the first to the last
+        if span > MOST_HOLES * tensor.numel():
             tensor = tensor.contiguous()
-        key = tensor.data_ptr(), tensor.numel() * tensor.itemsize
+            span, stride = tensor.numel(), tensor.stride()
+        key = tensor.data_ptr(), span * tensor.itemsize
         handle = self._known.get(key)
         if handle is None or handle.on_device is None:  # an address is used again once it was given up
-            handle = self._known[key] = self._offloader.copy_out(tensor)
+            handle = self._known[key] = self._offloader.copy_out(tensor.as_strided((span,), (1,)))
             self._handles.append(handle)
-        return Packed(handle, tensor.dtype, tensor.size(), tensor.stride())
+        return Packed(handle, tensor.dtype, size, stride)
 
     def unpack(self, packed: Packed | torch.Tensor) -> torch.Tensor:
         """The tensor on the device again; the layer that comes next in the backward is copied in meanwhile."""
@@ -139,8 +145,8 @@ class Offloader:
                 other.leave()
 
     def copy_out(self, tensor: torch.Tensor) -> Handle:
-        """Begin to copy a dense tensor to the host; the handle keeps it on the device for now."""
-        flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        """Begin to copy a tensor of one dimension to the host; the handle keeps it on the device for now."""
+        flat = tensor.view(torch.uint8)
         handle = Handle(self.pool, flat, self.pool.take(flat.numel()))
         self._copy([(piece[: len(part)], part) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
         return handle

@@ -76,10 +76,11 @@ class OpTable:
 
 
 class Guarded:
-    """The functions of an implementation, each of which gives way to the reference's where the device is too small.
+    """The functions of an implementation, each of which gives way to the reference's where it cannot serve.
 
-    Triton finds out when it launches a kernel that it needs more shared memory or registers than a GPU has; nothing
-    has been written by then.
+    That is for fp64, which the kernels would compute in fp32, and from then on where the device is too small: Triton
+    finds out when it launches a kernel that it needs more shared memory or registers than a GPU has; nothing has been
+    written by then.
     """
 
     def __init__(self, functions: Any, reference: Any, op: str, names: dict[str, str]) -> None:
@@ -95,8 +96,12 @@ class Guarded:
     def _guarded(
         self, name: str, function: Callable[..., Any], fallback: Callable[..., Any], op: str, names: dict[str, str]
     ) -> Callable[..., Any]:
+        import torch
+
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            if args and getattr(args[0], "dtype", None) is torch.float64:
+                return fallback(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
             except Exception as error:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import itertools
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -92,8 +91,9 @@ def test_every_document_has_the_loss_and_the_gradients_of_the_padded_batch(case:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2, windows in one layer of two"])
+@pytest.mark.usefixtures("deterministic")
 def test_a_changed_token_leaves_all_other_documents_bit_identical(
-    case: str, dtype: torch.dtype, device: torch.device, deterministic: None
+    case: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Their logits, and the gradients that their losses give to the embeddings and to every adapter."""
     family, window = CASES[case]
@@ -116,14 +116,6 @@ def test_a_changed_token_leaves_all_other_documents_bit_identical(
     assert all(torch.equal(one, other) for one, other in zip(before[:-1], after[:-1]))  # type: ignore[arg-type]
     assert not torch.equal(before[-1], after[-1])  # type: ignore[arg-type]
     assert not fallbacks(twin)
-
-
-@pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @looks_for_documents

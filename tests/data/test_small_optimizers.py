@@ -51,9 +51,9 @@ def compare(build: Callable[[Any], torch.optim.Optimizer], kind: str, device: to
     fastplug.apply(patched)
     optimizer = build(trained(patched))
     theirs = train(model, build(trained(model)), device)
-    assert train(patched, optimizer, device) == pytest.approx(
-        theirs, rel=2e-3
-    )  # codes of 8 bits may fall to either side
+    # Codes of 8 bits may fall to either side, more of them where a GPU's kernels round in another order.
+    near = 2e-3 if device.type == "cpu" else 5e-3
+    assert train(patched, optimizer, device) == pytest.approx(theirs, rel=near)
     assert theirs[2] < theirs[0]
     assert not fastplug.report(patched).fallbacks
     return optimizer

@@ -24,7 +24,7 @@ WINDOWS = {"mistral": {"sliding_window": 5}, "qwen2": QWEN, "qwen3": QWEN}
 
 def logits(model, **kwargs):
     with torch.no_grad():
-        return model.eval()(models.batch()["input_ids"], **kwargs).logits
+        return model.eval()(models.batch()["input_ids"].to(model.device), **kwargs).logits.cpu()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_quantized_one_is_written_and_read(tmp_path):
     assert type(theirs.model.layers[1].mlp.up_proj).__name__ == "Linear4bit"
     assert type(theirs.model.layers[2].mlp.up_proj) is nn.Linear
     with torch.no_grad():  # in evaluation, bitsandbytes rounds its scales to bf16 on some CPUs
-        trained = theirs.train()(models.batch()["input_ids"]).logits
+        trained = theirs.train()(models.batch()["input_ids"].to(theirs.device)).logits.cpu()
     torch.testing.assert_close(trained, before, rtol=1e-4, atol=1e-3)
     dequantize_(model).save_pretrained(tmp_path / "plain")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from fastplug.memory.meter import HostMeter, Mark
 
 MiB = 2**20
+# For a process that trains with gloo: without the GPU, if the machine has one, and with Triton's interpreter.
+ON_A_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
 class Moment:

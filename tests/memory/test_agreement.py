@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastplug.memory import agreement
+from tests.memory.device import ON_A_CPU
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def test_two_ranks_follow_one_plan(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.memory.two_planners"]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(port), str(tmp_path)], cwd=ROOT, text=True,
+            [*command, str(rank), str(port), str(tmp_path)], cwd=ROOT, text=True, env=ON_A_CPU,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,17 +22,10 @@ from tests.families import cases
 from tests.memory.under import calls, layers, under
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("deterministic")
 
 OTHERS = [policy for policy in Policy if policy is not Policy.KEEP]
 LENGTH = 70  # above what a GPU's attention kernels ask for
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    """A GPU's attention adds up gradients in any order otherwise."""
-    torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

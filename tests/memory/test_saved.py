@@ -101,7 +101,9 @@ def test_offloaded_layers_leave_the_device(
     resident = [any(handle.on_device is not None for handle in group._handles) for group in groups]
     del groups
     assert resident == [False] * 4 + [True] * 2
-    each = 1 if policy is Policy.OFFLOAD else 3  # x; attention's output and logsumexp
+    each = 1  # x
+    if policy is Policy.OFFLOAD_ATTENTION:  # attention's output and logsumexp; a GPU's kernels keep a seed and an offset
+        each = 5 if device.type == "cuda" else 3
     assert found.host_bytes == 6 * each * PIECE
     loss.backward()
     assert len(found.pool.free) == found.pool.pieces

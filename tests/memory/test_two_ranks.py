@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastplug.memory.policy import Policy
+from tests.memory.device import ON_A_CPU
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def test_all_policies_give_the_same_bits_on_two_ranks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.memory.two_ranks"]
     pipes: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     ranks = [
-        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload]
+        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], cwd=ROOT, text=True, env=ON_A_CPU, **pipes)  # type: ignore[call-overload]
         for rank in range(2)
     ]
     try:
