@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import weakref
@@ -116,7 +117,7 @@ class CUDAMeter:
         if self._restore is None:
             read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
             self._before = float(read(self.device)) if read is not None else 1.0
-            self._restore = weakref.finalize(self, limit, self._before, self.device)
+            self._restore = weakref.finalize(self, functools.partial(limit, self._before, self.device))
             self._restore.atexit = False
         limit(float(min(self._before, max(size, 0) / self.total())), self.device)
 

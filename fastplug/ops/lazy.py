@@ -39,7 +39,7 @@ class LazyTensor(torch.Tensor):
 # What is known without the numbers.
 KNOWN = {
     getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "requires_grad", "grad_fn", "is_leaf")
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "grad_fn", "is_leaf")
 } | {
     torch.Tensor.size,
     torch.Tensor.dim,

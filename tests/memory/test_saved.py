@@ -102,7 +102,7 @@ def test_offloaded_layers_leave_the_device(
     del groups
     assert resident == [False] * 4 + [True] * 2
     each = 1  # x
-    if policy is Policy.OFFLOAD_ATTENTION:  # attention's output and logsumexp; a GPU's kernels keep a seed and an offset
+    if policy is Policy.OFFLOAD_ATTENTION:  # its output and logsumexp; on a GPU the seed and offset of dropout too
         each = 5 if device.type == "cuda" else 3
     assert found.host_bytes == 6 * each * PIECE
     loss.backward()
