@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.rows import Row, lengths
-from benchmarks.weights import device, generator
+from benchmarks.weights import STD, device, generator
 
 BATCHES = 4
 SLOW = 1.0  # seconds of a step above which fewer are run
@@ -29,14 +30,19 @@ class Effort:
 def reset_adapters(model: Any) -> list[torch.nn.Parameter]:
     """Give every LoRA matrix values that depend on its name alone; returns what is trained.
 
-    B starts at zero otherwise, which makes every gradient of A zero and proves nothing.
+    B starts at zero otherwise, which makes every gradient of A zero and proves nothing. DoRA's magnitudes lie around
+    what the rows of a random matrix have as their norm.
     """
+    columns = {name: p.shape[1] for name, p in model.named_parameters() if "lora_A" in name}
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad and "lora_" in name:
-                std = 0.01 if "lora_A" in name else 0.005
+                mean, std = 0.0, 0.01 if "lora_A" in name else 0.005
+                if "lora_magnitude_vector" in name:
+                    mean = STD * math.sqrt(columns[name.replace("lora_magnitude_vector", "lora_A")])
+                    std = 0.05 * mean
                 drawn = torch.empty(p.shape, device=device(), dtype=torch.float32)
-                p.copy_(drawn.normal_(0.0, std, generator=generator(name.split("layers.")[-1])))
+                p.copy_(drawn.normal_(mean, std, generator=generator(name.split("layers.")[-1])))
     return [p for p in model.parameters() if p.requires_grad]
 
 

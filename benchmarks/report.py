@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.rows import Row
+
 LOSS, NORM = 5e-3, 3e-2  # relative: bf16 steps of different kernels differ by less than a tenth of it
 
 COLUMNS = {"ms": 9, "in a row": 9, "busy": 9, "GiB": 7, "x fastplug": 11, "loss": 10, "|grad|": 10, "dead": 5}
@@ -52,11 +54,22 @@ def table(results: list[Result]) -> list[str]:
         lines += ["", f"{row}, checked against {against}{note}", f"  {'system':26s}{head}"]
         valid = [r for r in mine if r["system"].startswith("fastplug") and not check(r, reference)]
         ours = min(valid, key=lambda r: r["system"] != "fastplug", default=None)  # without options, if it ran
-        lines += ["  " + _line(result, reference, ours) for result in mine]
+        lines += ["  " + _line(result, reference, ours, _plain(result, results)) for result in mine]
     return lines
 
 
-def _line(result: Result, reference: Result | None, ours: Result | None) -> str:
+def _plain(result: Result, results: list[Result]) -> Result | None:
+    """The same system's run of the row without DoRA, where it ran and counts."""
+    row = str(Row.parse(result["row"]).without_dora)
+    if row == result["row"]:
+        return None
+    for other in results:
+        if (other["system"], other["row"]) == (result["system"], row) and not check(other, oracle(results, row)):
+            return other
+    return None
+
+
+def _line(result: Result, reference: Result | None, ours: Result | None, plain: Result | None) -> str:
     name, trouble = result["system"], check(result, reference)
     if result.get("error"):
         return f"{name:26s} left out: {trouble}"
@@ -66,6 +79,8 @@ def _line(result: Result, reference: Result | None, ours: Result | None) -> str:
         notes.append(f"{result['wall_s']} s for {result['steps']} steps, the first {result['first_s']} s")
     if reference is not None and result.get("weights") != reference.get("weights"):
         notes.append(f"embeddings differ from {reference['system']}'s")
+    if plain is not None and not trouble:
+        notes.append(f"{result['ms'] / plain['ms']:.2f} x its time without DoRA")
     notes += [trouble] if trouble else []
     return (
         f"{name:26s}{result['ms']:9.1f}{_number(result.get('running_ms')):>9s}{_number(result.get('busy_ms')):>9s}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-FLAGS = ("checkpointed", "prepared", "autocast", "random")
+FLAGS = ("dora", "checkpointed", "prepared", "autocast", "random")
 SHORTEST = 128  # tokens of the shortest batch where lengths are random
 
 # The rows that fastplug is held to, the ones without gradient checkpointing first.
@@ -23,13 +23,15 @@ TABLE = (
 class Row:
     """One setting that all systems run.
 
-    ``prepared`` applies PEFT's ``prepare_model_for_kbit_training``, which makes the residual stream fp32; ``random``
-    draws the length of each batch between 128 and ``sequence`` and measures from the first step on.
+    ``dora`` gives the adapters a magnitude (``LoraConfig(use_dora=True)``); ``prepared`` applies PEFT's
+    ``prepare_model_for_kbit_training``, which makes the residual stream fp32; ``random`` draws the length of each batch
+    between 128 and ``sequence`` and measures from the first step on.
     """
 
     quantization: str
     batch: int
     sequence: int
+    dora: bool = False
     checkpointed: bool = False
     prepared: bool = False
     autocast: bool = False
@@ -52,9 +54,14 @@ class Row:
         return cls(kind, int(batch), int(sequence), *(flag in flags for flag in FLAGS))
 
     @property
-    def loading(self) -> tuple[str, bool, bool]:
+    def loading(self) -> tuple[str, bool, bool, bool]:
         """What a model has to be loaded anew for."""
-        return self.quantization, self.checkpointed, self.prepared
+        return self.quantization, self.dora, self.checkpointed, self.prepared
+
+    @property
+    def without_dora(self) -> Row:
+        """The row whose adapters are plain LoRA."""
+        return replace(self, dora=False)
 
     def __str__(self) -> str:
         flags = [flag for flag in FLAGS if getattr(self, flag)]

@@ -9,8 +9,10 @@ the LoRA weights. Each system is a process; all import at the same time, before 
 at a time. Before a ratio is printed, loss, gradient norm and the number of LoRA tensors without a gradient are compared
 with those of transformers + PEFT, or of the first system where that one does not run.
 
-A row is ``qlora`` or ``lora``, then BATCHxSEQUENCE, then any of ``checkpointed``, ``prepared`` (PEFT's k-bit
+A row is ``qlora`` or ``lora``, then BATCHxSEQUENCE, then any of ``dora``, ``checkpointed``, ``prepared`` (PEFT's k-bit
 preparation: an fp32 residual stream), ``autocast``, ``random``; ``table`` stands for the six rows of the documentation.
+A row with ``dora`` is also compared with the same system's row without, if that was run too:
+``--row qlora:4x2048:dora --row qlora:4x2048``.
 The system ``hf-prepared`` runs a row with PEFT's preparation beside others without. With random lengths a row is
 measured from its first step on in a process of its own with empty compiler caches: warming up, compiling and recording
 are part of the time. Systems that are not installed are left out, with the reason.

@@ -107,7 +107,13 @@ def _peft(shape: str, layers: int | None, row: Row, prepared: bool) -> Any:
     elif row.checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         model.enable_input_require_grads()
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **_adapter(row)))
+
+
+def _adapter(row: Row) -> dict[str, Any]:
+    """LoRA's options in a row. Every system takes ``use_dora``; one that dropped it would train fewer tensors than the
+    unpatched model, which the report says."""
+    return {**LORA, "use_dora": True} if row.dora else LORA
 
 
 def _unsloth(path: str, row: Row, offload: bool) -> Any:
@@ -120,7 +126,7 @@ def _unsloth(path: str, row: Row, offload: bool) -> Any:
         local_files_only=True,
     )  # fmt: skip
     how = "unsloth" if offload else row.checkpointed
-    return FastLanguageModel.get_peft_model(model, **LORA, use_gradient_checkpointing=how, random_state=0)
+    return FastLanguageModel.get_peft_model(model, **_adapter(row), use_gradient_checkpointing=how, random_state=0)
 
 
 class _Config(dict):  # type: ignore[type-arg]

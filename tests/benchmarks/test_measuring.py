@@ -76,7 +76,7 @@ def test_other_embeddings_have_another_fingerprint() -> None:
     assert weights.fingerprint(model) != before
 
 
-@pytest.mark.parametrize("text", ["qlora:2x16", "lora:2x16:checkpointed", "qlora:2x160:random"])
+@pytest.mark.parametrize("text", ["qlora:2x16", "lora:2x16:checkpointed", "qlora:2x160:random", "qlora:2x16:dora"])
 def test_systems_agree(text: str) -> None:
     row, found = Row.parse(text), []
     for name in ("hf", "fastplug-graphs-off"):
@@ -84,13 +84,28 @@ def test_systems_agree(text: str) -> None:
         result = measure.measure(model, row, EFFORT)
         assert result["ms"] > 0
         assert result["dead"] == 0
-        assert result["trained"] == 28
+        assert result["trained"] == (42 if row.dora else 28)
         assert result["steps"] == 3
         assert ("wall_s" in result) == row.random
         found.append(result)
     hf, fast = found
     assert fast["loss"] == pytest.approx(hf["loss"], rel=1e-3)
     assert fast["grad_norm"] == pytest.approx(hf["grad_norm"], rel=1e-2)
+
+
+def test_doras_magnitudes_are_the_same_in_every_row_and_near_the_norms_of_the_matrices() -> None:
+    model = load(System.parse("hf"), "tiny", None, Row.parse("lora:2x16:dora"), "")
+    magnitudes = [p for name, p in model.named_parameters() if "magnitude" in name]
+    norms = [p.detach().clone() for p in magnitudes]  # as PEFT initialises them
+    measure.reset_adapters(model)
+    drawn = [p.detach().clone() for p in magnitudes]
+    assert len(drawn) == 14
+    assert all(((p / norm - 1).abs() < 0.7).all() for p, norm in zip(drawn, norms))
+    assert all(p.std() > 0.02 * p.mean() for p in drawn)
+    for p in magnitudes:
+        p.data.mul_(2)  # what training did to them
+    measure.reset_adapters(model)
+    assert all(torch.equal(p, was) for p, was in zip(magnitudes, drawn))
 
 
 def test_a_lost_gradient_is_seen() -> None:

@@ -13,7 +13,9 @@ from benchmarks.rows import TABLE, Row, lengths
 from benchmarks.systems import System
 
 
-@pytest.mark.parametrize("text", [*TABLE, "qlora:2x1024:random", "lora:1x8:checkpointed:prepared:autocast"])
+@pytest.mark.parametrize(
+    "text", [*TABLE, "qlora:2x1024:random", "qlora:4x2048:dora:checkpointed", "lora:1x8:checkpointed:prepared:autocast"]
+)
 def test_a_row_is_what_it_prints(text: str) -> None:
     assert str(Row.parse(text)) == text
 
@@ -49,6 +51,14 @@ def test_what_a_system_cannot_run_is_said() -> None:
     assert "one dtype" in (System.parse("liger").refuses(prepared) or "")
     assert System.parse("unsloth-offload").refuses(plain)
     assert not any(System.parse(name).refuses(plain) for name in ("hf", "axolotl", "liger", "unsloth", "fastplug"))
+
+
+def test_a_row_with_dora_is_another_model() -> None:
+    row = Row.parse("qlora:4x2048:dora:checkpointed")
+    assert row.dora
+    assert row.loading != row.without_dora.loading
+    assert str(row.without_dora) == "qlora:4x2048:checkpointed"
+    assert row.without_dora.without_dora == row.without_dora
 
 
 def plan(*words: str) -> list[tuple[str, str]]:
@@ -130,3 +140,21 @@ def test_fastplug_with_options_is_measured_against_fastplug_without() -> None:
         "2.00",
         "1.00",
     ]
+
+
+def test_dora_is_compared_with_the_same_systems_lora() -> None:
+    results = [
+        result("hf", ms=30.0), result("fastplug", ms=10.0), result("hf", ms=60.0, row="qlora:2x8:dora", trained=42),
+        result("fastplug", ms=11.2, row="qlora:2x8:dora", trained=42),
+        result("unsloth", ms=9.0, row="qlora:2x8:dora"),  # has dropped the flag
+    ]  # fmt: skip
+    text = report.table(results)
+    hf, fast, unsloth = text[text.index("qlora:2x8:dora, checked against hf") + 2 :]
+    assert hf.split()[5] == "5.36"
+    assert hf.endswith("2.00 x its time without DoRA")
+    assert fast.endswith("1.12 x its time without DoRA")
+    assert "invalid" in unsloth
+    assert unsloth.endswith("28 trained tensors against 42")
+    assert not any("without DoRA" in line for line in text[: text.index("qlora:2x8:dora, checked against hf")])
+    results[1]["dead"] = 3  # a ratio to a wrong step would say nothing
+    assert not report.table(results)[-2].endswith("without DoRA")
