@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from fastplug.errors import ModelError, OptionError
 from fastplug.layers.loading import model_config, model_folder
 from fastplug.layers.reading import Reader, Stored, header_of, tensors_of
-from fastplug.layers.stored_4bit import StoredWeight, stored_4bit
+from fastplug.layers.stored_weights import stored_weights
 from fastplug.ops.table import table_for
 
 EXACT = 1024  # the smaller side up to which the whole decomposition is computed
@@ -58,8 +58,8 @@ def dora_to_lora(
     Args:
         adapter: The folder of a DoRA adapter in PEFT's layout.
         out: The folder to make.
-        base: The folder of the base model it was trained on, in 16 bits or in bitsandbytes' 4. Default: the one that
-            its config names.
+        base: The folder of the base model it was trained on, in any format that :func:`fastplug.layers.load` reads.
+            Default: the one that its config names.
         rank: Of the LoRA adapter. Default: twice that of the DoRA adapter.
         device: Where the decompositions are computed. Default: the first GPU, else the CPU.
         overwrite: Replace an existing adapter folder.
@@ -177,10 +177,10 @@ class _Base:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._given = tensors_of(folder)
-        self._encoded: dict[str, StoredWeight] = stored_4bit(folder, model_config(folder), self._given)
+        self._encoded = stored_weights(folder, model_config(folder), self._given)
 
     def read(self, name: str, reader: Reader) -> torch.Tensor:
-        if name not in self._given:
+        if name not in self._given and name not in self._encoded:
             raise ModelError(
                 f"fastplug: {self.folder} has no {name}, which the adapter changes; pass the folder of the base that "
                 "it was trained on with --base"

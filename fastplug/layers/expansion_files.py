@@ -16,7 +16,8 @@ from fastplug.layers.loading import load, model_config, model_folder
 from fastplug.layers.reading import Reader, Stored, tensors_of
 from fastplug.layers.saving import save
 from fastplug.layers.skeleton import own_tensors, renamed, skeleton
-from fastplug.layers.stored_4bit import stored_4bit
+from fastplug.layers.stored_4bit import StoredWeight4Bit
+from fastplug.layers.stored_weights import stored_weights
 
 
 def expand_folder(
@@ -56,7 +57,13 @@ def expand_folder(
     folder = model_folder(path)
     config = model_config(folder)
     given = tensors_of(folder)
-    if stored_4bit(folder, config, given):
+    encoded = stored_weights(folder, config, given)
+    if not all(isinstance(weight, StoredWeight4Bit) for weight in encoded.values()):
+        raise ModelError(
+            f"fastplug.layers: {folder} is quantized in a format that cannot be written again beside new blocks; load "
+            "it with fastplug.layers.load() and call expand_blocks() on the model, or expand the 16-bit weights"
+        )
+    if encoded:
         model = expand_blocks(load(folder, None, device="cpu"), every=every, count=count)
         return save(model, out, tokenizer=_tokenizer(folder), max_shard_size=max_shard_size, overwrite=overwrite)
     dtype = next((stored.dtype for stored in given.values() if stored.dtype.is_floating_point), torch.float32)

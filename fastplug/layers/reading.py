@@ -2,14 +2,15 @@
 
 The library maps whole files into memory: what was read once stays in the process's resident memory until the file is
 closed, a second copy of the model. Here a tensor's bytes are read into the memory where they are needed, in parallel,
-and for a GPU through a few pinned buffers, so that reading, copying and quantizing overlap.
+and for a GPU through a few pinned buffers that are filled ahead, so that reading, copying and quantizing overlap.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +22,11 @@ from fastplug.errors import ModelError
 from fastplug.exporters.safetensors_stream import DTYPES
 
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
+if hasattr(torch, "float8_e8m0fnu"):  # scales of MX formats
+    _TYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _CHUNK = 16 << 20  # bytes of one read, and of a pinned buffer
-_BUFFERS = 6
-_THREADS = 4
+_BUFFERS = 8
+_THREADS = 6
 _LARGEST_HEADER = 100 << 20  # the format's own limit
 
 
@@ -67,17 +70,8 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
 
 def header_of(file: Path) -> dict[str, Stored]:
     """The tensors of one file, in order. Raises :class:`ModelError` where it is missing, truncated or inconsistent."""
-    if not file.is_file():
-        raise ModelError(f"fastplug.layers: there is no file {file}")
+    header, first_byte = _header(file)
     size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-            raise ModelError(f"fastplug.layers: {file} is truncated or no safetensors file; copy it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ModelError(f"fastplug.layers: {file} has a broken header: {error}") from error
     header.pop("__metadata__", None)
     found = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -85,21 +79,61 @@ def header_of(file: Path) -> dict[str, Stored]:
         if entry["dtype"] not in _TYPES:
             raise ModelError(f"fastplug.layers: {name} in {file} is {entry['dtype']}, which fastplug does not read")
         dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
-        if last - first != math.prod(shape) * dtype.itemsize or 8 + length + last > size:
+        if last - first != math.prod(shape) * dtype.itemsize or first_byte + last > size:
             raise ModelError(
                 f"fastplug.layers: {file} is truncated: {name} ends beyond its {size} bytes; copy it again"
             )
-        found[name] = Stored(file, 8 + length + first, last - first, dtype, shape)
+        found[name] = Stored(file, first_byte + first, last - first, dtype, shape)
     return found
 
 
-class Reader:
-    """Reads tensors onto ``device``. A context manager: it holds threads and, for a GPU, pinned memory."""
+def metadata_of(file: Path) -> dict[str, str]:
+    """The texts in a file's header. Raises :class:`ModelError` where it is missing or truncated."""
+    return dict(_header(file)[0].get("__metadata__") or {})
 
-    def __init__(self, device: torch.device) -> None:
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a file's header says, and where its data begin."""
+    if not file.is_file():
+        raise ModelError(f"fastplug.layers: there is no file {file}")
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(_LARGEST_HEADER, file.stat().st_size - 8):
+            raise ModelError(f"fastplug.layers: {file} is truncated or no safetensors file; copy it again")
+        try:
+            return dict(json.loads(stream.read(length))), 8 + length
+        except ValueError as error:
+            raise ModelError(f"fastplug.layers: {file} has a broken header: {error}") from error
+
+
+class _Begun(NamedTuple):
+    """A part of a tensor that a thread reads into a buffer."""
+
+    stored: Stored
+    slot: int
+    job: Future[None]
+
+
+class Reader:
+    """Reads tensors onto ``device``. A context manager: it holds threads and, for a GPU, pinned memory.
+
+    Args:
+        device: Where to.
+        order: The tensors that will be read, in that order. For a GPU the buffers are kept full of what comes next,
+            across tensors, while the device works on those before. Other tensors can be read too, but nothing is read
+            ahead then.
+        buffered: Whether bytes go through the buffers. Default: unless ``device`` is the CPU.
+    """
+
+    def __init__(self, device: torch.device, order: Iterable[Stored] = (), *, buffered: bool | None = None) -> None:
         self.device = device
+        self._buffered = device.type != "cpu" if buffered is None else buffered
+        self._order = deque(stored for stored in order if stored.size)
+        self._parts: deque[tuple[Stored, slice]] = deque()  # of the tensor that is next to be begun
+        self._begun: deque[_Begun] = deque()
         self._buffers: list[torch.Tensor] = []
         self._events: list[Any] = []
+        self._free: deque[int] = deque()  # the buffer that was used last comes last
 
     def __enter__(self) -> Reader:
         self._pool = ThreadPoolExecutor(_THREADS)
@@ -108,7 +142,8 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
+        self._begun.clear()
         self._buffers.clear()
 
     def read(self, stored: Stored) -> torch.Tensor:
@@ -117,38 +152,62 @@ class Reader:
         if not stored.size:
             return out
         flat = out.view(-1).view(torch.uint8)
-        if self.device.type == "cpu":
-            jobs = [self._submit(stored, part, flat[part.start : part.stop]) for part in _parts(stored.size)]
-            for job in jobs:
-                job.result()
-        else:
+        if self._buffered:
             self._through_buffers(stored, flat)
+            return out
+        jobs = [self._pool.submit(_fill, stored, p.start, flat[p.start : p.stop]) for p in _parts(stored.size)]
+        for job in jobs:
+            job.result()
         return out
 
     def _through_buffers(self, stored: Stored, flat: torch.Tensor) -> None:
+        cuda = self.device.type == "cuda"
         if not self._buffers:
-            pinned = self.device.type == "cuda"
-            self._buffers = [torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
+            self._buffers = [torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=cuda) for _ in range(_BUFFERS)]
             self._events = [None] * _BUFFERS
-        parts = list(_parts(stored.size))
-        jobs: list[Future[None]] = []
-        for i, part in enumerate(parts):
-            for ahead in range(len(jobs), min(i + _BUFFERS, len(parts))):
-                slot = ahead % _BUFFERS
-                if self._events[slot] is not None:
-                    self._events[slot].synchronize()  # its last copy to the device is done
-                following = parts[ahead]
-                jobs.append(self._submit(stored, following, self._buffers[slot][: following.stop - following.start]))
-            jobs[i].result()
-            slot = i % _BUFFERS
+            self._free.extend(range(_BUFFERS))
+        self._turn_to(stored)
+        for part in _parts(stored.size):
+            self._read_ahead()
+            _, slot, job = self._begun.popleft()
+            job.result()
             target = flat[part.start : part.stop]
-            target.copy_(self._buffers[slot][: len(target)], non_blocking=self.device.type == "cuda")
-            if self.device.type == "cuda":
+            target.copy_(self._buffers[slot][: len(target)], non_blocking=cuda)
+            if cuda:
                 self._events[slot] = torch.cuda.Event()
                 self._events[slot].record(torch.cuda.current_stream(self.device))
+            self._free.append(slot)
+        self._read_ahead()
 
-    def _submit(self, stored: Stored, part: slice, target: torch.Tensor) -> Future[None]:
-        return self._pool.submit(_fill, stored, part.start, target)
+    def _turn_to(self, stored: Stored) -> None:
+        """Make ``stored`` what is read next. What was begun of a tensor that was expected instead is dropped."""
+        expected = self._begun[0].stored if self._begun else self._order[0] if self._order else None
+        if expected == stored:
+            return
+        for begun in self._begun:
+            begun.job.result()
+            self._free.append(begun.slot)
+        self._begun.clear()
+        self._parts.clear()
+        while self._order and self._order[0] != stored and stored in self._order:
+            self._order.popleft()
+        if not self._order or self._order[0] != stored:
+            self._order = deque([stored])
+
+    def _read_ahead(self) -> None:
+        while self._free and (self._parts or self._order):
+            slot = self._free[0]
+            if self._events[slot] is not None:
+                if self._begun and not self._events[slot].query():
+                    return  # the device still copies from it, and there is something to go on with
+                self._events[slot].synchronize()
+            if not self._parts:
+                following = self._order.popleft()
+                self._parts.extend((following, part) for part in _parts(following.size))
+            stored, part = self._parts.popleft()
+            self._free.popleft()
+            target = self._buffers[slot][: part.stop - part.start]
+            self._begun.append(_Begun(stored, slot, self._pool.submit(_fill, stored, part.start, target)))
 
 
 def _parts(size: int) -> Iterator[slice]:

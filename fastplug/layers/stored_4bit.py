@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +26,20 @@ STATE = "quant_state.bitsandbytes__"
 _STATE_BYTES = 384  # of the JSON text, padded with spaces: its length depends on the values
 
 
-@dataclass(frozen=True)
-class StoredWeight:
+_PARTS = ("absmax", "quant_map", "nested_quant_map", "nested_absmax")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight4Bit:
     """A 4-bit weight in the files: its name, and the names of its parts by what they are."""
 
     name: str
     parts: dict[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its tensors, in the order in which they are read."""
+        return (self.parts["state"], self.name, *(self.parts[part] for part in _PARTS if part in self.parts))
 
     def read(self, reader: Reader, given: Mapping[str, Stored]) -> EncodedWeight:
         """The encoded weight on the reader's device. Raises :class:`ModelError` where its parts do not fit together."""
@@ -43,9 +50,7 @@ class StoredWeight:
             nested_blocksize = int(state.get("nested_blocksize", codes.NESTED_BLOCKSIZE))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._wrong(f"its state has no usable {error}") from error
-        names = ["absmax", "quant_map"]
-        if "nested_absmax" in self.parts:
-            names += ["nested_quant_map", "nested_absmax"]
+        names = _PARTS if "nested_absmax" in self.parts else _PARTS[:2]
         if missing := [name for name in names if name not in self.parts]:
             raise self._wrong(f"{missing[0]} is missing")
         packed = reader.read(given[self.name])
@@ -94,32 +99,16 @@ class StoredWeight:
         return ModelError(f"fastplug.layers: the 4-bit weight {self.name} is damaged: {reason}; copy the files again")
 
 
-def stored_4bit(folder: Path, config: Any, given: Mapping[str, Stored]) -> dict[str, StoredWeight]:
-    """The 4-bit weights of a folder by name, none if it is not quantized; takes the quantization out of ``config``.
-
-    Raises:
-        ModelError: The folder is quantized in another format.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return {}
-    described = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = described.get("quant_method", "bitsandbytes")
-    if str(getattr(method, "value", method)) != "bitsandbytes" or described.get("load_in_8bit"):
-        what = "8-bit bitsandbytes" if described.get("load_in_8bit") else method
-        raise ModelError(
-            f"fastplug.layers: {folder} is quantized with {what}; load() reads plain and 4-bit bitsandbytes weights. "
-            "Load it with from_pretrained: fastplug.apply reads the layers of the formats it knows"
-        )
-    del config.quantization_config
+def stored_4bit(given: Mapping[str, Stored]) -> dict[str, StoredWeight4Bit]:
+    """The 4-bit weights among the tensors of a folder, by name."""
     found = {}
     for name in given:
         base, _, rest = name.partition(f".{STATE}")
-        if not rest:
+        if not rest or base not in given:
             continue
         prefix = f"{base}."
         parts = {other.removeprefix(prefix): other for other in given if other.startswith(prefix) and other != name}
-        found[base] = StoredWeight(base, {**parts, "state": name})
+        found[base] = StoredWeight4Bit(base, {**parts, "state": name})
     return found
 
 

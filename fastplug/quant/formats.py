@@ -166,6 +166,10 @@ def _mxfp4(codec: Packed, own: Tensors, config: Mapping[str, Any], name: str) ->
 def _compressed(codec: Packed, own: Tensors, config: Mapping[str, Any], name: str) -> Answer:
     if config.get("sparsity_config"):
         return "its weights are sparse as well (sparsity_config)"
+    if config.get("format") == "marlin-24":
+        return "its weights are sparse and in the order of a kernel (marlin-24)"
+    if (config.get("transform_config") or {}).get("config_groups"):
+        return "its weights are rotated, and inputs would have to be too (transform_config)"
     groups = config.get("config_groups") or {}
     arguments = next((g.get("weights") for g in groups.values() if _targeted(name, g.get("targets") or ())), None)
     if arguments is None:
