@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,12 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
 
 
 def _gradients(model: Any, loop: Loop) -> dict[str, torch.Tensor]:
-    """All gradients of the first batch, on the host."""
-    loop.loss(loop.data[0]).backward()
+    """All gradients of the first batch, on the host. FlashAttention's backward adds in any order unless it is told."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        loop.loss(loop.data[0]).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
     found = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
@@ -226,6 +231,7 @@ def main() -> None:
         a.budgets = "keep,2500KiB,3MiB,4MiB,auto,full" if a.budgets == arguments().get_default("budgets") else a.budgets
     if a.device == "cpu":
         torch.cuda.is_available = lambda: False  # type: ignore[assignment]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic backward
     row, started = Row.parse(a.row), time.time()
 
     def log(text: str) -> None:

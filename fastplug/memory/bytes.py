@@ -77,7 +77,7 @@ def kept(layer: LayerShape, step: Step, policy: Policy = Policy.KEEP) -> dict[st
         return _kept_by_host(layer, step)
     tile_rows = None if step.tile == step.tokens else step.tile_rows
     found = tensors(policy, _widths(layer, step), step.tokens, tile_rows)
-    if policy in (Policy.KEEP, Policy.DROP_GATE_UP):
+    if not policy.checkpoints:
         found.update(_by_row(layer, step, policy))
     return {name: size for name, size in found.items() if size}
 
@@ -88,7 +88,7 @@ def _by_row(layer: LayerShape, step: Step, policy: Policy) -> dict[str, int]:
     row = T * H * e
     found: dict[str, int] = {"1/rms": 0, "1/rms of the MLP": 0}
     statistics = 8 if layer.layer_norm else 4  # LayerNorm keeps a mean too
-    in_tiles = policy is not Policy.KEEP and step.tile < T
+    in_tiles = not policy.keeps_gate_up and step.tile < T
     found["1/rms"] += {"": 0, "fused": 4}.get(layer.input_norm, statistics) * T
     found["1/rms of the MLP"] += {"": 0, "shared": 0, "fused": 0 if in_tiles else 4}.get(
         layer.post_norm, statistics
@@ -204,6 +204,8 @@ def _rank(linears: Linears, step: Step) -> Rank:
 # --- moments ----------------------------------------------------------------------------------------------------------
 
 
+SMALL = ("adapter", "1/rms")
+"""Beginnings of the names of tensors that are too small to be offloaded."""
 OF_THE_MLP = frozenset(
     (
         "gate, up",
@@ -242,7 +244,7 @@ def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
     mlp = sum(size for name, size in kept(layer, step).items() if name in OF_THE_MLP)
     before_mlp = everything - mlp  # what attention keeps
     inside = everything  # what is there when the layer's backward begins, recomputed or not
-    if policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and step.tile < step.tokens):
+    if policy.level is Policy.DROP_GATE_UP or (not policy.keeps_gate_up and step.tile < step.tokens):
         inside = sum(kept(layer, step, Policy.DROP_GATE_UP).values())
     forward = max(_attention_forward(layer, step), before_mlp + _mlp_forward(layer, step, policy))
     backward = row + max(inside + _mlp_backward(layer, step, policy), before_mlp + _attention_backward(layer, step))
@@ -255,7 +257,8 @@ def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
         more = layer.gradient_bytes + (0 if policy.checkpoints else 3 * row)
         return Peaks(held + more, 0, forward + more, backward + more, 4 * row if policy.checkpoints else 0)
     if policy.offloads:
-        return Peaks(0, held, forward, backward, (STAGED - 1) * held)
+        small = sum(size for name, size in kept(layer, step, policy).items() if name.startswith(SMALL))
+        return Peaks(small, held - small, forward, backward, (STAGED - 1) * held)
     return Peaks(held, 0, forward, backward, 0)
 
 
@@ -279,7 +282,7 @@ def _attention_forward(layer: LayerShape, step: Step) -> int:
 def _mlp_forward(layer: LayerShape, step: Step, policy: Policy) -> int:
     """From attention's output to the layer's, above what attention keeps."""
     c, T = step.compute, step.tokens
-    t = T if policy is Policy.KEEP else step.tile
+    t = T if policy.keeps_gate_up else step.tile
     row = T * layer.hidden * step.stream
     base = T * layer.hidden * c + row  # attention's output and the stream between
     if not layer.down:
@@ -300,7 +303,7 @@ def _mlp_forward(layer: LayerShape, step: Step, policy: Policy) -> int:
 def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     """Above what the layer keeps and the gradient of its output (ops/lora/gated_mlp_rows.py)."""
     c, T = step.compute, step.tokens
-    t = T if policy is Policy.KEEP else step.tile
+    t = T if policy.keeps_gate_up else step.tile
     row = T * layer.hidden * step.stream
     if not layer.down:
         return _experts(layer, step) + row
@@ -308,7 +311,7 @@ def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     width = sum(linear.out_features for linear in layer.gate_up)
     cast = t * H * c if step.stream != c else 0
     d_hidden, d_normed, wide = t * inner * c, t * H * c, t * width * c
-    again = policy is Policy.DROP_GATE_UP or (policy is not Policy.KEEP and t < T)
+    again = policy.level is Policy.DROP_GATE_UP or (not policy.keeps_gate_up and t < T)
     down, gate_up = _buffer(layer.down, step), _buffer(layer.gate_up, step)
     weights = _trained(layer.down) + _trained(layer.gate_up)
     moments = [

@@ -36,6 +36,9 @@ class Agreed:
         host: Bytes of host memory that may be pinned.
         accumulating: Whether gradients of an earlier micro-batch are there in the forward.
         live: How many forwards wait for their backward at a time.
+        copy: Measured over assumed milliseconds of copies to the host's memory.
+        caution: Bytes that the first plans leave unused where they can: kernels are still being loaded, and the
+            allocator has yet to find blocks of the right sizes.
         ms: Policy -> measured over reasoned milliseconds.
         saved: Likewise of the bytes that a layer keeps.
     """
@@ -48,6 +51,8 @@ class Agreed:
     host: int = 0
     accumulating: bool = False
     live: int = 1
+    copy: float = 1.0
+    caution: int = 0
     ms: dict[Policy, float] = field(default_factory=dict)
     saved: dict[Policy, float] = field(default_factory=dict)
 
@@ -61,8 +66,8 @@ class Agreed:
         if (self.accumulating, self.live) != (other.accumulating, other.live):
             return True
         room = self.available // 100
-        sizes = ((self.available, other.available), (self.context, other.context), (self.fixed, other.fixed))
-        if any(abs(mine - theirs) > room for mine, theirs in (*sizes, (self.extra, other.extra))):
+        sizes = ("available", "context", "fixed", "extra", "caution")
+        if any(abs(getattr(self, name) - getattr(other, name)) > room for name in sizes):
             return True
         if abs(self.slack - other.slack) > 0.005:
             return True
@@ -82,9 +87,12 @@ class Agreed:
             for policy, cost in layer.policies.items():
                 saved = int(cost.saved * self.saved.get(policy, 1.0))
                 more, others = saved - cost.saved, saved * (self.live - 1)
+                ratio = self.ms.get(policy, mean)
                 costs[policy] = replace(
                     cost,
-                    ms=cost.ms * self.ms.get(policy, mean),
+                    ms=cost.ms * ratio,
+                    forward_ms=cost.forward_ms * ratio,
+                    copy_ms=cost.copy_ms * self.copy,
                     saved=saved + others,
                     forward_peak=cost.forward_peak + more + others,
                     backward_peak=max(cost.backward_peak + more, saved) + others,
@@ -152,8 +160,11 @@ class Calibration:
         return observation
 
     def _note(self, observation: Observation, ms: float) -> None:
-        if observation.cost.ms > 0 and ms > 0:
-            self._ms[observation.policy].append(ms / observation.cost.ms)
+        reasoned = observation.cost.ms
+        if observation.policy is not Policy.OFFLOAD_KEEP:  # which is spread so that nothing waits
+            reasoned += observation.cost.waiting()
+        if reasoned > 0 and ms > 0:
+            self._ms[observation.policy].append(ms / reasoned)
         if observation.saved is not None and observation.saved > 0 and observation.cost.saved > 0:
             self._saved[observation.policy].append(observation.saved / observation.cost.saved)
 

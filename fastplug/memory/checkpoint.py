@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastplug.memory.kept_attention import Attentions, refusal
-from fastplug.memory.offload import Offloader
+from fastplug.memory.offload import Offloader, address
 from fastplug.memory.policy import MLPMemory, Policy
+from fastplug.ops.lazy import LazyTensor
 from fastplug.ops.recompute import checkpointing, recomputing
 from fastplug.patching.sites import NotCovered
 
@@ -47,21 +48,23 @@ def run(
         kwargs: Those of the layer's forward, ``hidden_states`` among them, all by name.
 
     Returns:
-        What ``fast`` returns; :class:`~fastplug.patching.sites.NotCovered` only under KEEP and DROP_GATE_UP. Under the
-        other policies a call that the fast forward leaves to the original one runs that one, checkpointed, and is
-        counted in ``binding.fallbacks``.
+        What ``fast`` returns; :class:`~fastplug.patching.sites.NotCovered` only under policies that compute no layer a
+        second time. Under the others a call that the fast forward leaves to the original one runs that one,
+        checkpointed, and is counted in ``binding.fallbacks``.
 
     Raises:
         HostMemoryError: An offloading policy, and the host has too little memory left.
     """
     policy, _ = effective(policy, layer, binding, kwargs)
-    if policy is Policy.KEEP:
+    if policy.level is Policy.DROP_GATE_UP or (tile_rows is not None and not policy.keeps_gate_up):
+        kwargs["mlp_memory"] = MLPMemory(policy.level is not Policy.DROP_GATE_UP, tile_rows)
+    if policy.checkpoints:
+        return _checkpointed(policy, fast, layer, binding, kwargs)
+    if not policy.offloads:
         return fast(layer, binding, **kwargs)
-    if policy is Policy.DROP_GATE_UP or tile_rows is not None:
-        kwargs["mlp_memory"] = MLPMemory(policy is not Policy.DROP_GATE_UP, tile_rows)
-    if policy is Policy.DROP_GATE_UP:
-        return fast(layer, binding, **kwargs)
-    return _checkpointed(policy, fast, layer, binding, kwargs)
+    group = offloader(binding, kwargs["hidden_states"].device).group(_of_others(layer, kwargs))
+    with torch.autograd.graph.saved_tensors_hooks(group.pack, group.unpack):
+        return inspect.unwrap(fast)(layer, binding, **kwargs)  # a replayed layer would hold its tensors itself
 
 
 def effective(policy: Policy, layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> tuple[Policy, str | None]:
@@ -72,8 +75,10 @@ def effective(policy: Policy, layer: nn.Module, binding: Binding, kwargs: dict[s
         return Policy.KEEP, "torch.compile decides itself what is computed again"
     if checkpointing() == "checkpointed" or recomputing():
         return Policy.KEEP, "the host checkpoints the layer"
-    if policy is Policy.DROP_GATE_UP:
-        return (policy, None) if has_gated_mlp(layer, binding) else (Policy.KEEP, "its MLP is not a gated one")
+    if not policy.checkpoints:
+        if policy.keeps_gate_up or has_gated_mlp(layer, binding):
+            return policy, None
+        return (Policy.OFFLOAD_KEEP if policy.offloads else Policy.KEEP), "its MLP is not a gated one"
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     if cache is not None and type(cache).__name__ != "StepCache":
         return Policy.KEEP, "a key/value cache is filled, which a second pass would do again (pass use_cache=False)"
@@ -104,6 +109,14 @@ def offloader(binding: Binding, device: torch.device | None = None) -> Offloader
     if runtime.offload is None or (device is not None and runtime.offload.device != device):
         runtime.offload = Offloader(torch.device(binding.report.device) if device is None else device)
     return runtime.offload  # type: ignore[no-any-return]
+
+
+def _of_others(layer: nn.Module, kwargs: dict[str, Any]) -> set[int]:
+    """Addresses of storages that are there whether or not the layer keeps them: its weights, cos and sin, a mask."""
+    given = (tensor for value in kwargs.values() for tensor in (value if isinstance(value, tuple) else (value,)))
+    tensors = [*layer.parameters(), *layer.buffers(), *(t for t in given if isinstance(t, torch.Tensor))]
+    x = kwargs["hidden_states"]
+    return {address(t) for t in tensors if t is not x and not isinstance(t, LazyTensor)}
 
 
 def _checkpointed(policy: Policy, fast: FastForward, layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> Any:

@@ -74,13 +74,14 @@ def policies_of(layer: LayerShape) -> tuple[Policy, ...]:
     """The policies that a layer can have: one that the host runs keeps what it keeps."""
     if not layer.fused:
         return (Policy.KEEP,)
-    return tuple(policy for policy in Policy if layer.gated or policy is not Policy.DROP_GATE_UP)
+    return tuple(policy for policy in Policy if layer.gated or policy.level is not Policy.DROP_GATE_UP)
 
 
 def _cost(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> PolicyCost:
     found = peaks(layer, step, policy)
     ms = layer_ms(layer, step, policy, gpu)
-    return PolicyCost(found.saved, found.forward, found.backward, ms, found.host, found.shared)
+    time = ms.forward + ms.backward
+    return PolicyCost(found.saved, found.forward, found.backward, time, found.host, found.shared, ms.forward, ms.copy)
 
 
 def estimate(

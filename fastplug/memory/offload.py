@@ -12,16 +12,28 @@ made to wait for the copy's event, and pieces of host memory are used again by l
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from fastplug.memory.host_memory import PIECE, HostPool, check_host_memory
 
-SMALLEST = 2**16  # bytes below which a tensor stays on the device
+SMALLEST = 2**20  # bytes below which a tensor stays on the device: it would take a whole piece of the host's memory
 # A layout stays as it is, expanded and padded ones too, if copying its gaps adds no more than this factor: attention's
 # backward wants the padded rows of a mask that its forward saved.
 MOST_HOLES = 1.25
+# A view goes with the whole memory it looks into if that is no more than this factor larger: q, k and v lie in one
+# buffer and are saved one by one.
+LARGEST_WHOLE = 2
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor lies, or 0 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # subclasses that wrap other tensors
+        return 0
 
 
 class Handle:
@@ -44,58 +56,85 @@ class Handle:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a group gives for a tensor: its bytes, and how they are to be seen."""
+    """What a group gives for a tensor: the bytes it lies in, and how they are to be seen."""
 
     handle: Handle
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
+    offset: int = 0  # elements
 
 
 class Group:
-    """The offloaded tensors of one run of one layer."""
+    """The offloaded tensors of one run of one layer. They live as long as what was packed is held.
 
-    def __init__(self, offloader: Offloader) -> None:
-        self._offloader = offloader
-        self._handles: list[Handle] = []
-        self._known: dict[tuple[int, int], Handle] = {}  # by address and size in bytes
+    Args:
+        offloader: What copies.
+        skip: Addresses of storages that stay where they are.
+    """
+
+    def __init__(self, offloader: Offloader, skip: Collection[int] = ()) -> None:
+        self._offloader, self._skip = offloader, skip
+        self._known: dict[tuple[int, int], weakref.ref[Handle]] = {}  # by address and size in bytes
+
+    @property
+    def handles(self) -> list[Handle]:
+        """What has not been given up yet, in the order of the forward."""
+        found = (reference() for reference in self._known.values())
+        return [handle for handle in found if handle is not None]
 
     def pack(self, tensor: torch.Tensor) -> Packed | torch.Tensor:
         """Offload a tensor; small ones, and those of other devices, stay what they are. For ``saved_tensors_hooks``."""
         tensor = tensor.detach()
         if tensor.device != self._offloader.device or tensor.numel() * tensor.itemsize < SMALLEST:
             return tensor
-        size, stride = tensor.size(), tensor.stride()
-        span = 1 + sum((n - 1) * step for n, step in zip(size, stride))  # elements from the first to the last
+        if address(tensor) in self._skip:
+            return tensor
+        size, stride, offset = tensor.size(), tensor.stride(), 0
+        span: int = 1 + sum((n - 1) * step for n, step in zip(size, stride))  # elements from the first to the last
         if span > MOST_HOLES * tensor.numel():
-            tensor = tensor.contiguous()
-            span, stride = tensor.numel(), tensor.stride()
-        key = tensor.data_ptr(), span * tensor.itemsize
-        handle = self._known.get(key)
-        if handle is None or handle.on_device is None:  # an address is used again once it was given up
-            handle = self._known[key] = self._offloader.copy_out(tensor.as_strided((span,), (1,)))
-            self._handles.append(handle)
-        return Packed(handle, tensor.dtype, size, stride)
+            whole = int(tensor.untyped_storage().nbytes()) // tensor.itemsize
+            if whole <= LARGEST_WHOLE * tensor.numel() or self._handle(tensor, whole, 0) is not None:
+                span, offset = whole, int(tensor.storage_offset())
+                tensor = tensor.as_strided((span,), (1,), 0)
+            else:
+                tensor = tensor.contiguous()
+                span, stride = tensor.numel(), tensor.stride()
+        start = int(tensor.storage_offset())
+        handle = self._handle(tensor, span, start)
+        if handle is None:
+            handle = self._offloader.copy_out(tensor.as_strided((span,), (1,), start))
+            key = tensor.data_ptr(), span * tensor.itemsize
+            self._known.pop(key, None)
+            self._known[key] = weakref.ref(handle)
+        return Packed(handle, tensor.dtype, size, stride, offset)
+
+    def _handle(self, tensor: torch.Tensor, span: int, start: int) -> Handle | None:
+        """What has these bytes already; an address is used again once its memory was given up."""
+        key = address(tensor) + start * tensor.itemsize, span * tensor.itemsize
+        reference = self._known.get(key)
+        handle = None if reference is None else reference()
+        return None if handle is None or handle.on_device is None else handle
 
     def unpack(self, packed: Packed | torch.Tensor) -> torch.Tensor:
         """The tensor on the device again; the layer that comes next in the backward is copied in meanwhile."""
         if isinstance(packed, torch.Tensor):
             return packed
-        self.enter()
+        self._offloader.enter(self)
+        self._offloader.copy_in(packed.handle)
         self._offloader.wait(packed.handle)
         data = packed.handle.on_device
         assert data is not None
-        self._offloader.next_is_before(self)
-        return data.view(packed.dtype).as_strided(packed.size, packed.stride)
+        return data.view(packed.dtype).as_strided(packed.size, packed.stride, packed.offset)
 
     def enter(self) -> None:
-        """Begin to copy back what is not on the device."""
-        for handle in self._handles:
+        """Begin to copy back what is not on the device, what the forward saved last first."""
+        for handle in reversed(self.handles):
             self._offloader.copy_in(handle)
 
     def leave(self) -> None:
         """Give up the device memory."""
-        for handle in self._handles:
+        for handle in self.handles:
             if handle.on_device is not None:
                 self._offloader.wait(handle)
                 handle.on_device = None
@@ -114,18 +153,23 @@ class Offloader:
         self.pool = HostPool(pinned=device.type == "cuda")
         self._stream: torch.cuda.Stream | None = None
         self._groups: list[weakref.ref[Group]] = []
+        self._entered: weakref.ref[Group] | None = None  # the layer whose backward began last
 
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that are held for offloading, in use or not."""
         return self.pool.pieces * PIECE
 
-    def group(self) -> Group:
-        """For a layer whose forward begins now: those before the one that has just run leave the device."""
+    def group(self, skip: Collection[int] = ()) -> Group:
+        """For a layer whose forward begins now: those before the one that has just run leave the device.
+
+        Args:
+            skip: Addresses of storages that stay where they are.
+        """
         alive = self._alive()
         for group in alive[:-1]:
             group.leave()
-        made = Group(self)
+        made = Group(self, skip)
         self._groups = [weakref.ref(group) for group in (*alive, made)]
         return made
 
@@ -134,15 +178,19 @@ class Offloader:
         """The group of the layer whose forward began last."""
         return self._alive()[-1]
 
-    def next_is_before(self, group: Group) -> None:
-        """A layer's backward begins: bring in the layer before it, and let all others leave the device."""
+    def enter(self, group: Group) -> None:
+        """A tensor of a layer is asked for: bring in all of the layer, then the one before it; all others leave."""
+        if self._entered is not None and self._entered() is group:
+            return
+        self._entered = weakref.ref(group)
         alive = self._alive()
         place = alive.index(group)
         for i, other in enumerate(alive):
-            if i == place - 1:
-                other.enter()
-            elif i != place:
+            if i not in (place, place - 1):
                 other.leave()
+        group.enter()
+        if place > 0:
+            alive[place - 1].enter()
 
     def copy_out(self, tensor: torch.Tensor) -> Handle:
         """Begin to copy a tensor of one dimension to the host; the handle keeps it on the device for now."""

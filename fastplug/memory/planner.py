@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
@@ -186,7 +187,8 @@ class Planner:
         self._reading.read(device)
         self._release()  # what loading and quantizing left in the cache
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.stock = Stock(self.options, self.meter, self.room, trained, self._reading.optimizer_bytes())
+        copies = self._reading.copies(device) if self.options.memory not in FORCED else 1.0
+        self.stock = Stock(self.options, self.meter, self.room, trained, self._reading.optimizer_bytes(), copies)
         return self.stock
 
     def _limit(self, meter: Meter) -> None:
@@ -223,7 +225,7 @@ class Planner:
                 if forced is not None:
                     made = given([forced if forced in layer.policies else Policy.KEEP for layer in layers])
                 else:
-                    made = solve(layers, fixed, agreed.available, host_budget=agreed.host, **more)
+                    made = self._solve(layers, fixed, agreed, more)
             except DoesNotFit as error:
                 errors.append(error)
                 least.append((replace(given([_least(layer) for layer in layers]), tile_rows=rows), reasoned.layers))
@@ -240,6 +242,15 @@ class Planner:
             self.note(f"{why}; the step goes on with the least that layers can keep")
         plan, self._costs[shape] = min(found, key=lambda pair: pair[0].ms)
         return plan
+
+    @staticmethod
+    def _solve(layers: Costs, fixed: dict[str, int], agreed: Agreed, more: dict[str, Any]) -> Plan:
+        """The fastest plan, with caution where there is room for it."""
+        if agreed.caution:
+            with contextlib.suppress(DoesNotFit):
+                made = solve(layers, fixed, agreed.available - agreed.caution, host_budget=agreed.host, **more)
+                return replace(made, budget=agreed.available)
+        return solve(layers, fixed, agreed.available, host_budget=agreed.host, **more)
 
     # --- memory ran out ---
 

@@ -21,6 +21,13 @@ class Policy(str, Enum):
     RESIDUAL = "residual"
     """Only the layer's input stays; all is computed again but what backward does not need (the last projection)."""
 
+    OFFLOAD_KEEP = "offload_keep"
+    """What KEEP keeps, in pinned host memory: nothing is computed again. Copying it takes longer than the layer does,
+    so one layer in every few has it."""
+
+    OFFLOAD_DROP_GATE_UP = "offload_drop_gate_up"
+    """What DROP_GATE_UP keeps, in pinned host memory."""
+
     OFFLOAD_ATTENTION = "offload_attention"
     """What KEEP_ATTENTION keeps, in pinned host memory."""
 
@@ -28,19 +35,37 @@ class Policy(str, Enum):
     """What RESIDUAL keeps, in pinned host memory."""
 
     @property
+    def level(self) -> Policy:
+        """The policy that keeps the same tensors on the device."""
+        return LEVELS.get(self, self)
+
+    @property
     def checkpoints(self) -> bool:
         """Whether the layer's forward runs a second time in the backward."""
-        return self not in (Policy.KEEP, Policy.DROP_GATE_UP)
+        return self.level in (Policy.KEEP_ATTENTION, Policy.RESIDUAL)
 
     @property
     def keeps_attention(self) -> bool:
         """Whether attention itself is never computed again."""
-        return self not in (Policy.RESIDUAL, Policy.OFFLOAD)
+        return self.level is not Policy.RESIDUAL
+
+    @property
+    def keeps_gate_up(self) -> bool:
+        """Whether gate and up are never computed again."""
+        return self.level is Policy.KEEP
 
     @property
     def offloads(self) -> bool:
         """Whether what stays lies in host memory."""
-        return self in (Policy.OFFLOAD, Policy.OFFLOAD_ATTENTION)
+        return self in LEVELS
+
+
+LEVELS = {
+    Policy.OFFLOAD_KEEP: Policy.KEEP,
+    Policy.OFFLOAD_DROP_GATE_UP: Policy.DROP_GATE_UP,
+    Policy.OFFLOAD_ATTENTION: Policy.KEEP_ATTENTION,
+    Policy.OFFLOAD: Policy.RESIDUAL,
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastplug.memory.bytes import optimizer_bytes
 from fastplug.memory.checkpoint import attention_refusal
 from fastplug.memory.estimate import TILES, Estimate, estimate
 from fastplug.memory.gpus import GPU, GPUS, find, of_memory
+from fastplug.memory.host_memory import copy_rate
 from fastplug.memory.shapes import ModelShape
 from fastplug.options import Options
 from fastplug.patching.sites import KEY, Site
@@ -92,6 +93,11 @@ class Reading:
             )
             found.append((rows, Estimate(layers, made.fixed, made.head, made.other_ms, made.step)))
         return found
+
+    def copies(self, device: torch.device) -> float:
+        """Measured over assumed milliseconds of copies to the host's memory. Waits for the device."""
+        measured = copy_rate(device)
+        return 1.0 if measured is None else self._gpu.host / measured
 
     def optimizer_bytes(self) -> int:
         """States that an AdamW will have once it has stepped."""

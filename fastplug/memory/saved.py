@@ -34,12 +34,12 @@ What a policy keeps of it from the layer's forward to its backward:
   adapters keep, A and B of each tile.
 - ``KEEP_ATTENTION``: x, attention's out and logsumexp.
 - ``RESIDUAL``: x.
-- ``OFFLOAD_ATTENTION`` and ``OFFLOAD``: nothing; x (and out, logsumexp) in the host's memory. The device holds those of
-  two layers at a time, for the copies (:data:`STAGED`).
+- ``OFFLOAD_...``: nothing; the same in the host's memory. The device holds what two such layers keep at a time, for the
+  copies (:data:`STAGED`).
 
 What is computed again in the backward, in GEMMs of the layer: nothing; gate and up; q, k, v, out, gate and up;
-the same and attention; as KEEP_ATTENTION; as RESIDUAL. The last projection, down, never is. Decoding a quantized weight
-comes with each of these products once more.
+the same and attention. The last projection, down, never is. Decoding a quantized weight comes with each of these
+products once more.
 
 Adapters' A and B that need no stacking and no cast (a group of one, in the compute dtype) are the parameters themselves
 and take no memory. cos, sin and masks of attention belong to the step, not to a layer.
@@ -95,9 +95,9 @@ def tensors(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None
     T, c = tokens, w.compute_bytes
     x = {"residual stream": T * w.hidden * w.residual_bytes}
     attention = {"attention output": T * w.queries * c, "logsumexp": 4 * T * w.heads}
-    if policy in (Policy.RESIDUAL, Policy.OFFLOAD):
+    if policy.level is Policy.RESIDUAL:
         return x
-    if policy in (Policy.KEEP_ATTENTION, Policy.OFFLOAD_ATTENTION):
+    if policy.level is Policy.KEEP_ATTENTION:
         return {**x, **attention}
     found = {
         **x,
@@ -112,9 +112,9 @@ def tensors(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None
         found["q, k before their norm"] = T * (w.queries + w.keys) * c
     if w.repeats:
         found["repeated k, v"] = 2 * T * w.queries * c
-    if policy is Policy.KEEP:
+    if policy.keeps_gate_up:
         found["gate, up"] = 2 * T * w.intermediate * c
-    tiles = 1 if policy is Policy.KEEP or tile_rows is None else max(1, -(-T // tile_rows))
+    tiles = 1 if policy.keeps_gate_up or tile_rows is None else max(1, -(-T // tile_rows))
     if tiles == 1:
         found["1/rms of the MLP"] = 4 * T
     if tiles == 1 or w.gate_up.dropping or w.down.dropping:

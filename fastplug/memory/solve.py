@@ -12,7 +12,7 @@ all of the *last* layer costs nothing at the peak, and of equal layers the later
 for the shortest time.
 
 This is a multiple-choice knapsack with a constraint at every prefix. It is solved exactly by dynamic programming over
-the pairs (bytes held, nanoseconds) that no other pair beats in both (Nemhauser & Ullmann 1969).
+the pairs (bytes held, picoseconds) that no other pair beats in both (Nemhauser & Ullmann 1969).
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from fastplug.errors import OptionError
-from fastplug.memory.costs import LayerCosts
+from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 
 STATES = 16384
 """Undominated pairs that are followed. 32 equal layers have about 2,000; where there are more, neighbours are merged,
 which may cost up to a 16384th of the budget per layer but never exceeds it."""
+
+
+SPREAD = Policy.OFFLOAD_KEEP
+COPYING = 0.9
+"""Share of the computation's time that copies beside it may take."""
 
 
 class Peak(NamedTuple):
@@ -94,7 +100,7 @@ def solve(
     always = sum(fixed.values())
     room = int((budget - context) / (1 + slack)) - always
     best: tuple[int, int, tuple[Policy, ...]] | None = None
-    for choice, shared in _with_shared(_within_host(layers, host_budget)):
+    for choice, shared in _choices(layers, host_budget):
         found = _search(choice, room - shared, head_peak, accumulating)
         if found is not None:
             found = (found[0], found[1] + shared, found[2])
@@ -153,7 +159,7 @@ def assemble(
         sequence=sequence,
         budget=budget,
         parts=parts,
-        ms=other_ms + sum(cost.ms for cost in chosen),
+        ms=other_ms + sum(cost.ms for cost in chosen) + _waiting(chosen, policies),
         host_bytes=sum(cost.host for cost in chosen),
         moment=peak.moment,
         logits=head_peak,
@@ -186,6 +192,13 @@ def peak_of(
     return max(peaks, key=lambda peak: peak.bytes)
 
 
+def _waiting(chosen: Sequence[PolicyCost], policies: Sequence[Policy]) -> float:
+    """Milliseconds that a step waits for copies to the host's memory and back."""
+    spread = [i for i, policy in enumerate(policies) if policy is SPREAD]
+    every = min((after - before for before, after in itertools.pairwise(spread)), default=len(policies))
+    return sum(cost.waiting(every if policy is SPREAD else 1) for cost, policy in zip(chosen, policies))
+
+
 def _gradients_after(layers: Sequence[LayerCosts], accumulating: bool) -> list[int]:
     """Bytes of gradients that are there when each layer's backward runs, its own included."""
     if accumulating:
@@ -207,24 +220,55 @@ def _within_host(layers: Sequence[LayerCosts], host_budget: int | None) -> list[
     return made
 
 
-def _with_shared(layers: Sequence[LayerCosts]) -> list[tuple[list[LayerCosts], int]]:
-    """The layers with and without each policy that needs bytes of its own once, and those bytes."""
+def _choices(layers: Sequence[LayerCosts], host_budget: int | None) -> list[tuple[list[LayerCosts], int]]:
+    """The layers with some of the policies that need bytes of their own once (at most two), and those bytes.
+
+    Times include the waiting for copies. :data:`SPREAD` stands alone, in one layer of every few: as many as its copies
+    take to pass beside the computation.
+    """
     costly = sorted(
         {p for layer in layers for p, cost in layer.policies.items() if cost.shared}, key=list(Policy).index
     )
+    free = {p for layer in layers for p in layer.policies if p not in costly}
+    others = [p for p in costly if p is not SPREAD]
+    used: list[tuple[set[Policy], int]] = [
+        ({*free, *some}, 1) for count in range(3) for some in itertools.combinations(others, count)
+    ]
+    if SPREAD in costly:
+        used += [({*free, SPREAD}, every) for every in _distances(layers)]
     made = []
-    for count in range(len(costly) + 1):
-        for used in itertools.combinations(costly, count):
-            choice = [layer.only(*(p for p in layer.policies if p not in costly or p in used)) for layer in layers]
-            left = {p: cost.shared for layer in choice for p, cost in layer.policies.items() if cost.shared}
-            made.append((choice, sum(left.values())))
+    for policies, every in used:
+        choice = []
+        for i, layer in enumerate(layers):
+            allowed = policies if i % every == 0 else policies - {SPREAD}
+            layer = layer.only(*(p for p in layer.policies if p in allowed))
+            costs = {
+                p: replace(cost, ms=cost.ms + cost.waiting(every if p is SPREAD else 1)) if cost.copy_ms else cost
+                for p, cost in layer.policies.items()
+            }
+            choice.append(replace(layer, policies=costs))
+        choice = _within_host(choice, host_budget)
+        left = {p: cost.shared for layer in choice for p, cost in layer.policies.items() if cost.shared}
+        made.append((choice, sum(left.values())))
     return made
+
+
+def _distances(layers: Sequence[LayerCosts]) -> list[int]:
+    """How far apart layers must be whose copies under :data:`SPREAD` pass beside the computation, and a little more."""
+    costs = [layer[SPREAD] for layer in layers if SPREAD in layer.policies]
+    least = max(
+        math.ceil(cost.copy_ms / (COPYING * min(cost.forward_ms, cost.ms - cost.forward_ms)))
+        if 0 < cost.forward_ms < cost.ms
+        else 1
+        for cost in costs
+    )
+    return [every for every in range(least, least + 3) if every < len(layers)]
 
 
 def _search(
     layers: Sequence[LayerCosts], room: int, head_peak: int, accumulating: bool
 ) -> tuple[int, int, tuple[Policy, ...]] | None:
-    """(nanoseconds, bytes held at the end, policies) of the best choice, or None."""
+    """(picoseconds, bytes held at the end, policies) of the best choice, or None."""
     order = list(Policy)
     later = _gradients_after(layers, accumulating)
     everything = sum(layer.gradients for layer in layers)
@@ -243,7 +287,7 @@ def _search(
             need = max(cost.forward_peak + at_forward, cost.backward_peak + later[i])
             (fits,) = torch.nonzero(held + need <= room, as_tuple=True)
             chosen = torch.full_like(fits, number)
-            parts.append((held[fits] + cost.saved, time[fits] + round(cost.ms * 1e6), chosen, fits))
+            parts.append((held[fits] + cost.saved, time[fits] + round(cost.ms * 1e9), chosen, fits))
         held, time, chosen, parent = (torch.cat(column) for column in zip(*parts))
         if not len(held):
             return None
@@ -293,10 +337,7 @@ def least_budget(
 ) -> int:
     """The smallest budget, in bytes, for which :func:`solve` finds a plan. The arguments are those of ``solve``."""
     always = fixed_bytes if isinstance(fixed_bytes, int) else sum(fixed_bytes.values())
-    needs = [
-        shared + _least_room(choice, head_peak, accumulating)
-        for choice, shared in _with_shared(_within_host(layers, host_budget))
-    ]
+    needs = [shared + _least_room(choice, head_peak, accumulating) for choice, shared in _choices(layers, host_budget)]
     return math.ceil((always + min(needs)) * (1 + slack)) + context + 1
 
 

@@ -11,15 +11,18 @@ from torch import nn
 from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, amount
 from fastplug.memory.calibration import Agreed, Calibration
-from fastplug.memory.host_memory import RESERVE, available
+from fastplug.memory.host_memory import RESERVE
+from fastplug.memory.host_memory import available as host_available
 from fastplug.memory.meter import Meter
 from fastplug.memory.oom import Room
 from fastplug.memory.policy import Policy
 from fastplug.options import Options
 
 AUTO_HEADROOM = 0.05  # of the device, left free by memory="auto" where the user names no headroom
+HOST_SHARE = 0.8  # of the host's free memory that may be pinned: data loaders and checkpoints need some too
 CAUTION = 0.8  # of memory that proved not to be needed is planned with
 YOUNG, GROWTH = 4, 96 * 2**20  # in the first forwards, kernels have yet to be loaded into the CUDA context
+YOUNG_SHARE = 0.05  # of a budget that is left unused meanwhile
 SLACK_STEP, SLACK_MOST = 0.02, 0.2  # more is left unplanned when the allocator keeps giving blocks back
 
 
@@ -32,12 +35,19 @@ class Stock:
         room: What waits for its backward.
         trained: The parameters that get gradients.
         optimizer_bytes: Of the states that an optimizer will have once it has stepped.
+        copy: Measured over assumed milliseconds of copies to the host's memory.
     """
 
     def __init__(
-        self, options: Options, meter: Meter, room: Room, trained: Iterable[nn.Parameter], optimizer_bytes: int
+        self,
+        options: Options,
+        meter: Meter,
+        room: Room,
+        trained: Iterable[nn.Parameter],
+        optimizer_bytes: int,
+        copy: float = 1.0,
     ) -> None:
-        self.options, self.meter, self.room = options, meter, room
+        self.options, self.meter, self.room, self._copy = options, meter, room, copy
         self.calibration = Calibration(meter)
         self.lowered = 0  # bytes by which plans are made smaller since memory ran out
         self.predicted = 0  # the highest allocation that the plans since the last agreement foretold
@@ -67,15 +77,18 @@ class Stock:
         self._assumed = 0 if self._optimizer_seen else self._optimizer_bytes
         self.predicted = 0
         young = x.is_cuda and forwards < YOUNG
+        available = self._available() - self.lowered
         return Agreed(
-            available=self._available() - self.lowered,
+            available=available,
             context=meter.context() + (GROWTH if young else 0),
             fixed=fixed + self._assumed,
             extra=extra,
             slack=self._slack(known),
-            host=max(0, (available() or 0) - RESERVE),
+            host=max(0, int(HOST_SHARE * (host_available() or 0)) - RESERVE),
             accumulating=gradients > 0 or (known is not None and known.accumulating),
             live=max(waiting + 1, 1 if known is None else known.live),
+            copy=self._copy,
+            caution=int(YOUNG_SHARE * available) if young and not self.lowered else 0,
             ms=self.calibration.ms(),
             saved=self.calibration.saved(),
         )
@@ -122,10 +135,11 @@ def of_all(local: Agreed, device: torch.device, group: object) -> Agreed:
     policies = list(Policy)
     values = [
         -local.available, local.context, local.fixed, local.extra, local.slack, -local.host, local.accumulating,
-        local.live, *(local.ms.get(p, 0.0) for p in policies), *(local.saved.get(p, 0.0) for p in policies),
+        local.live, local.copy, local.caution,
+        *(local.ms.get(p, 0.0) for p in policies), *(local.saved.get(p, 0.0) for p in policies),
     ]  # fmt: skip
     found = agreement.highest([float(value) for value in values], device, group)
-    ms, saved = found[8 : 8 + len(policies)], found[8 + len(policies) :]
+    ms, saved = found[10 : 10 + len(policies)], found[10 + len(policies) :]
     return Agreed(
         available=int(-found[0]),
         context=int(found[1]),
@@ -135,6 +149,8 @@ def of_all(local: Agreed, device: torch.device, group: object) -> Agreed:
         host=int(-found[5]),
         accumulating=bool(found[6]),
         live=int(found[7]),
+        copy=found[8],
+        caution=int(found[9]),
         ms={p: ratio for p, ratio in zip(policies, ms) if ratio},
         saved={p: ratio for p, ratio in zip(policies, saved) if ratio},
     )

@@ -9,6 +9,7 @@ the decoding of quantized weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastplug.memory.bytes import Step, kept
 from fastplug.memory.gpus import GPU
@@ -31,8 +32,17 @@ BACKWARD = _Passes(17, 11, 6)
 GATE_UP_AGAIN = _Passes(3, 0, 0)
 
 
-def layer_ms(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> float:
-    """Forward, recomputation and backward of one layer."""
+class LayerTime(NamedTuple):
+    """Milliseconds of one layer's forward, of its backward with what is computed again, and of copying what it keeps to
+    the host's memory, or from there."""
+
+    forward: float
+    backward: float
+    copy: float
+
+
+def layer_ms(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> LayerTime:
+    """What one layer takes under a policy."""
     forward = _products(layer.linears, layer, step, gpu) + _decoding(layer.linears, step, gpu)
     forward += _attention(layer, step, gpu, False) + _elementwise(layer, step, gpu, FORWARD)
     backward = _products(layer.linears, layer, step, gpu) + _decoding(layer.linears, step, gpu)
@@ -40,10 +50,10 @@ def layer_ms(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> float:
     trained = tuple(linear for linear in layer.linears if linear.trained)
     backward += _products(trained, layer, step, gpu)
     tiles = -(-step.tokens // step.tile)
-    if policy is not Policy.KEEP and tiles > 1:
+    if not policy.keeps_gate_up and tiles > 1:
         decoding = _decoding(layer.gate_up + layer.down, step, gpu)
         forward, backward = forward + (tiles - 1) * decoding, backward + (tiles - 1) * decoding
-    if policy is not Policy.KEEP:
+    if not policy.keeps_gate_up:
         again = layer.gate_up
         if policy.checkpoints:
             again = layer.qkv + layer.out + layer.gate_up + layer.others
@@ -51,10 +61,8 @@ def layer_ms(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> float:
         backward += _elementwise(layer, step, gpu, FORWARD if policy.checkpoints else GATE_UP_AGAIN)
         if policy.checkpoints and not policy.keeps_attention:
             backward += _attention(layer, step, gpu, False)
-    if policy.offloads:
-        copy = gpu.host_ms(sum(kept(layer, step, policy).values()))
-        forward, backward = max(forward, copy), max(backward, copy)
-    return forward + backward
+    copy = gpu.host_ms(sum(kept(layer, step, policy).values())) if policy.offloads else 0.0
+    return LayerTime(forward, backward, copy)
 
 
 def other_ms(shape: ModelShape, step: Step, gpu: GPU) -> float:

@@ -109,7 +109,8 @@ def test_pieces_are_given_back_when_a_graph_is_gone(mover: Offloader, device: to
     gc.collect()
     assert (mover.pool.pieces, len(mover.pool.free)) == (4, 4)
     again = mover.group()
-    again.pack(random(device, 300, dtype=torch.float64))
+    kept = again.pack(random(device, 300, dtype=torch.float64))
+    assert isinstance(kept, Packed)
     assert (mover.pool.pieces, len(mover.pool.free)) == (4, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import fastplug
 from fastplug.errors import OptionError
 from fastplug.memory.bytes import Step, fixed_bytes, kept, optimizer_bytes, step_bytes
-from fastplug.memory.estimate import best_plan, estimate, least, uniform_plan
+from fastplug.memory.estimate import best_plan, estimate, layer_costs, least, uniform_plan
 from fastplug.memory.forecast import RESERVED, forecast
 from fastplug.memory.formats import BITS, encoded_bytes
 from fastplug.memory.gpus import GPUS, find, of_memory, parse
@@ -275,10 +276,30 @@ def test_peaks_were_those_measured_with_checkpointing(llama: ModelShape) -> None
 
 def test_policies_trade_bytes_for_time(llama: ModelShape) -> None:
     plans = [uniform_plan(llama, 4, 2048, 80 * GiB, policy) for policy in Policy]
-    totals = [plan.total for plan in plans]
-    assert totals == sorted(totals, reverse=True)
     on_device = [plan for plan in plans if not plan.host_bytes]
+    assert [plan.total for plan in on_device] == sorted((plan.total for plan in on_device), reverse=True)
     assert [plan.ms for plan in on_device] == sorted(plan.ms for plan in on_device)
+    offloaded = [plan for plan in plans if plan.host_bytes]
+    assert [plan.host_bytes for plan in offloaded] == sorted((plan.host_bytes for plan in offloaded), reverse=True)
+    for there, here in zip(offloaded, on_device):
+        assert there.policies[0].level is here.policies[0]
+        assert there.total < here.total
+        assert there.ms > here.ms
+
+
+def test_copies_pass_beside_the_computation(llama: ModelShape) -> None:
+    """Layers that offload all they keep stand so far apart that nothing waits for their copies."""
+    plan = best_plan(llama, 4, 2048, 24 * GiB)
+    places = [i for i, policy in enumerate(plan.policies) if policy is Policy.OFFLOAD_KEEP]
+    assert len(places) > 5
+    costs = layer_costs(llama, 4, 2048)
+    apart = min(after - before for before, after in itertools.pairwise(places))
+    assert costs[0][Policy.OFFLOAD_KEEP].copy_ms < apart * costs[0][Policy.OFFLOAD_KEEP].forward_ms
+    kept = uniform_plan(llama, 4, 2048, 80 * GiB, Policy.KEEP)
+    assert plan.ms < 1.05 * kept.ms
+    without = best_plan(llama, 4, 2048, 24 * GiB, policies=[p for p in Policy if p is not Policy.OFFLOAD_KEEP])
+    assert plan.ms < without.ms
+    assert uniform_plan(llama, 4, 2048, 80 * GiB, Policy.OFFLOAD_KEEP).ms > 1.5 * kept.ms  # there everything waits
 
 
 @pytest.mark.parametrize("budget", [8, 9, 10, 12, 16, 24, 40, 80])

@@ -70,6 +70,8 @@ def test_json_says_the_same(folder: Path) -> None:
         "drop_gate_up",
         "keep_attention",
         "residual",
+        "offload_keep",
+        "offload_drop_gate_up",
         "offload_attention",
         "offload",
     }

@@ -246,3 +246,15 @@ def test_undo_gives_the_model_back(device: torch.device) -> None:
     fastplug.undo(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert not any(KEY in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("policy", [Policy.OFFLOAD_KEEP, Policy.OFFLOAD_DROP_GATE_UP])
+def test_only_what_the_layer_keeps_is_offloaded(device: torch.device, policy: Policy) -> None:
+    """No weights, no cos and sin: they are on the device anyway."""
+    model = under(patched(models.lora(models.plain("llama")), device), policy)
+    loss = model(**batch(device)).loss
+    mover = layers(model)[0].__dict__[KEY].runtime.offload
+    addresses = {address for group in mover._alive() for address, _ in group._known}
+    assert len(addresses) > 2 * 6
+    assert not addresses & {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    del loss

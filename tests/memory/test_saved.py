@@ -98,7 +98,7 @@ def test_offloaded_layers_leave_the_device(
     loss = model(input_ids=tokens, labels=tokens).loss
     found = layers(model)[0].__dict__["_fastplug"].runtime.offload
     groups = [reference() for reference in found._groups]
-    resident = [any(handle.on_device is not None for handle in group._handles) for group in groups]
+    resident = [any(handle.on_device is not None for handle in group.handles) for group in groups]
     del groups
     assert resident == [False] * 4 + [True] * 2
     each = 1  # x
