@@ -7,7 +7,9 @@ import torch
 
 import fastplug
 from fastplug.errors import OptionError
+from fastplug.ops.fp8 import gemm, kernel
 from fastplug.ops.lora import fp8_base
+from fastplug.ops.table import table_for
 from tests import models
 from tests.engine.step import patched, step
 
@@ -198,3 +200,21 @@ def test_verify_still_finds_a_wrong_factor_beside_fp8(model, batch, monkeypatch)
         lambda group, transposed: (lambda q: q._replace(scale=q.scale * 1.3))(quantized(group, transposed)),
     )
     assert not fastplug.verify(model, batch).ok
+
+
+def test_an_op_that_adds_the_adapters_share_does(model, batch, device, monkeypatch):
+    """The same model with the share added inside the product and after it, in every product that has one."""
+    fp8 = table_for(device).fp8
+    if device.type == "cuda" and torch.cuda.get_device_capability() != gemm.ARCHITECTURE:
+        pytest.skip("not this GPU")
+    apart = step(patched(model, compute="fp8"), batch)
+    added = []
+    product_add = fp8.product_add
+    monkeypatch.setattr(gemm, "FUSED", True)
+    monkeypatch.setattr(fp8, "adds", lambda *operands: True if device.type == "cpu" else kernel.adds(*operands))
+    monkeypatch.setattr(fp8, "product_add", lambda *args: added.append(args[0].shape) or product_add(*args))
+    ours = step(patched(model, compute="fp8"), batch)
+    assert len(added) == 15  # four groups a layer in two directions, but no gradient of the embedding
+    assert not torch.equal(ours.logits, apart.logits)  # rounded once, not twice
+    assert abs(float(ours.loss - apart.loss)) < 0.005 * float(apart.loss)
+    assert cosines(ours.gradients, apart.gradients).min() > 0.98

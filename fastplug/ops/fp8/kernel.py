@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastplug.ops.configs import config
-from fastplug.ops.fp8 import reference
+from fastplug.ops.fp8 import gemm, reference
 from fastplug.ops.fp8.reference import FP8, LARGEST
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
@@ -143,3 +143,11 @@ def product(
     return torch._scaled_mm(
         a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None, :], out_dtype=dtype, use_fast_accum=True
     )
+
+
+def adds(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
+    """See :func:`fastplug.ops.fp8.reference.adds`."""
+    return gemm.FUSED and gemm.suits(a, b, left, right, dtype)
+
+
+product_add = gemm.product_add

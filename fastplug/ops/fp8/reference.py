@@ -45,3 +45,33 @@ def product(
 ) -> torch.Tensor:
     """(a_scale · a) (b_scale · b)ᵀ [M, N] in ``dtype``, for a [M, K] and b [N, K] e4m3 with scales [M] and [N]."""
     return ((a.float() @ b.float().t()) * a_scale[:, None] * b_scale).to(dtype)
+
+
+def adds(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`product_add` is the way to a product with an adapter's share, as one pass over the result.
+
+    Else that is :func:`product` and an addition in place.
+    """
+    return False
+
+
+def product_add(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    dtype: torch.dtype,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """:func:`product` and alpha · left rightᵀ, summed in fp32 and rounded once: [M, N] in ``dtype``.
+
+    Args:
+        a, a_scale, b, b_scale, dtype: As in :func:`product`.
+        left: [M, R] in ``dtype``.
+        right: [N, R] in ``dtype``, or the transpose of a tensor with contiguous rows.
+        alpha: A factor.
+    """
+    share = left.float() @ right.float().t() * alpha
+    return ((a.float() @ b.float().t()) * a_scale[:, None] * b_scale + share).to(dtype)

@@ -2,7 +2,7 @@
 
 A product of FP8 matrices on a Hopper GPU wants both operands with the summed dimension last, so dx takes W transposed,
 [in_features, out_features], with a scale for each input channel; y takes W as it is, with a scale for each output
-channel. Adapters are no part of this: they stay exact beside it.
+channel. Adapters stay exact beside it; where the op can, their share is added before the product is rounded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastplug.ops.recompute import recomputing
 
 if TYPE_CHECKING:
     from fastplug.ops.lora.group import Group
+    from fastplug.ops.lora.projection import Kept as GroupKept
 
 MULTIPLE = 16  # of every dimension of an FP8 product, see torch._scaled_mm
 KEPT_SHARE = 0.5  # of the device's memory that has to stay free for weights to be kept in FP8
@@ -27,6 +28,13 @@ class Quantized(NamedTuple):
 
     values: torch.Tensor
     scale: torch.Tensor
+
+
+class Share(NamedTuple):
+    """An adapter's share of a product, left rightᵀ: [tokens, rank] and [features, rank]."""
+
+    left: torch.Tensor
+    right: torch.Tensor
 
 
 class Kept(NamedTuple):
@@ -60,17 +68,33 @@ class Fp8:
         sizes = any(size % MULTIPLE for p in group.projections for size in p.shape)
         return group.dtype == torch.bfloat16 and not trained and not sizes
 
-    def output(self, group: Group, x: torch.Tensor) -> torch.Tensor | None:
-        """x Wᵀ [tokens, out_features], or None where y is to be exact."""
+    def output(self, group: Group, x: torch.Tensor, kept: GroupKept) -> torch.Tensor | None:
+        """x Wᵀ and the adapters' share of y [tokens, out_features], or None where y is to be exact."""
         if not self.forward and not recomputing():
             return None
-        fp8 = group.ops.fp8
-        return fp8.product(*fp8.quantize_rows(x), *self._weight(group, transposed=False), group.dtype)  # type: ignore[no-any-return]
+        share = None if kept.xa is None or kept.b is None else Share(kept.xa, kept.b)
+        y, added = self._product(group, x, False, share)
+        if not added:
+            group.add_output_share(y, kept)
+        return y
 
-    def input_gradient(self, group: Group, g: torch.Tensor) -> torch.Tensor:
-        """g W [tokens, in_features]."""
+    def input_gradient(self, group: Group, g: torch.Tensor, gb: torch.Tensor | None, kept: GroupKept) -> torch.Tensor:
+        """g W and the adapters' share of the gradient of x [tokens, in_features]."""
+        share = None if gb is None or kept.a is None or group.adapted.dropout else Share(gb, kept.a.t())
+        dx, added = self._product(group, g, True, share)
+        if gb is not None and not added:
+            group.add_input_share(dx, gb, kept)
+        return dx
+
+    def _product(
+        self, group: Group, x: torch.Tensor, transposed: bool, share: Share | None
+    ) -> tuple[torch.Tensor, bool]:
+        """The base product, and whether the share has been added to it."""
         fp8 = group.ops.fp8
-        return fp8.product(*fp8.quantize_rows(g), *self._weight(group, transposed=True), group.dtype)  # type: ignore[no-any-return]
+        rows, weight = Quantized(*fp8.quantize_rows(x)), self._weight(group, transposed)
+        if share is not None and fp8.adds(rows.values, weight.values, *share, group.dtype):
+            return fp8.product_add(*rows, *weight, *share, group.dtype), True
+        return fp8.product(*rows, *weight, group.dtype), False
 
     def _weight(self, group: Group, transposed: bool) -> Quantized:
         owners = [p.owner for p in group.projections]

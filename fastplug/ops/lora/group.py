@@ -59,9 +59,8 @@ class Group:
         self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
     ) -> torch.Tensor:
         """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
-        base = None if self.fp8 is None else self.fp8.output(self, x)
+        base = None if self.fp8 is None else self.fp8.output(self, x, kept)
         if base is not None:
-            self._add_low_rank(base, kept)
             out = base if out is None and factor == 1.0 else self._added(out, base, factor)
             return self._biased(out, factor)
         start = out is not None  # whether out already holds something to add to
@@ -72,7 +71,7 @@ class Group:
             out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         return self._biased(out, factor)
 
-    def _add_low_rank(self, y: torch.Tensor, kept: Kept) -> None:
+    def add_output_share(self, y: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``y`` in place."""
         if kept.xa is None or kept.b is None:
             return
@@ -101,8 +100,7 @@ class Group:
         if not needs_dx:
             return None, gb
         if self.fp8 is not None:
-            base = self.fp8.input_gradient(self, g)
-            return base if gb is None else self._add_dx(base, gb, kept), gb
+            return self.fp8.input_gradient(self, g, gb, kept), gb
         dx = None if gb is None else self.adapted.dx(gb, kept)
         start = dx is not None
         if dx is None:
@@ -112,13 +110,13 @@ class Group:
             start = True
         return dx, gb
 
-    def _add_dx(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
+    def add_input_share(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``dx`` in place."""
         assert kept.a is not None
         if self.adapted.dropout:
-            return dx.add_(self.adapted.dx(gb, kept))
-        self.ops.low_rank.add(dx, gb, kept.a.t())
-        return dx
+            dx.add_(self.adapted.dx(gb, kept))
+        else:
+            self.ops.low_rank.add(dx, gb, kept.a.t())
 
     def parameter_gradients(
         self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]
