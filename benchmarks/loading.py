@@ -11,10 +11,10 @@ CUDA context before the clock starts. All files are read once before each load, 
 Triton compiles fastplug's kernels in the first load on a machine, which counts; the best round of each is compared.
 
 ``device_gib`` is ``torch.cuda.max_memory_allocated``, of which ``size_gib`` is the model. ``host_gib`` is how far the
-process's *anonymous* memory rose while it loaded, plus the pinned memory that PyTorch allocated, which drivers map in
-a way that the kernel may not count. Mapped pages of files are left out: they are the file cache, which the kernel takes back when it needs
-it, and would be there without the process. The peak of the whole resident memory (VmHWM) cannot tell them apart, so
-the parent samples RssAnon of the child in ``/proc``, every 2 ms.
+process's *anonymous* memory rose while it loaded, plus the pinned memory that PyTorch allocated, which drivers map in a
+way that the kernel may not count. Mapped pages of files are left out: they are the file cache, which the kernel takes
+back when it needs it, and would be there without the process. The peak of the whole resident memory (VmHWM) cannot tell
+them apart, so the parent samples RssAnon of the child in ``/proc``, every 2 ms.
 
 The packed values, scales and nested scales of a few layers, embeddings and norms are compared bit for bit.
 """

@@ -41,37 +41,40 @@ def bitsandbytes_model(folder, **options):
 
 
 def same_bits(ours, theirs) -> int:
-    """Compares every weight; returns how many are quantized."""
+    """Compares every weight; returns how many are quantized. Each model may be on a device of its own."""
+
+    def same(mine, other) -> bool:
+        return mine.dtype == other.dtype and torch.equal(mine.cpu(), other.cpu())
+
     layers = dict(theirs.named_modules())
     count = 0
     for name, module in ours.named_modules():
         if isinstance(module, QuantLinear):
             weight = layers[name].weight
             state = weight.quant_state
-            assert torch.equal(module.weight, weight.data.flatten()), name
-            assert torch.equal(module.absmax, state.absmax)
-            assert torch.equal(module.nested_absmax, state.state2.absmax)
-            assert torch.equal(module.nested_offset.view(()), state.offset)
+            assert same(module.weight, weight.data.flatten()), name
+            assert same(module.absmax, state.absmax)
+            assert same(module.nested_absmax, state.state2.absmax)
+            assert same(module.nested_offset.view(()), state.offset)
             count += 1
     plain = {name: p for name, p in theirs.named_parameters() if p.is_floating_point()}
     mine = {name: p for name, p in ours.named_parameters() if name in plain}
     assert mine.keys() == plain.keys()
-    for name, parameter in plain.items():
-        assert mine[name].dtype == parameter.dtype, name
-        assert torch.equal(mine[name], parameter), name
+    assert all(same(mine[name], parameter) for name, parameter in plain.items())
     buffers = dict(theirs.named_buffers())
-    for name, buffer in ours.named_buffers():
-        assert torch.equal(buffer, buffers[name]), name
+    for name, buffer in ours.named_buffers():  # computed on the device that each was made on
+        torch.testing.assert_close(buffer.cpu(), buffers[name].cpu(), rtol=1e-6, atol=0)
     return count
 
 
 def logits(model):
     with torch.no_grad():
-        return model(models.batch()["input_ids"].to(model.device)).logits.float()
+        return model(models.batch()["input_ids"].to(model.device)).logits.float().cpu()
 
 
-def test_the_same_bits_as_transformers_with_bitsandbytes(folder):
-    ours, theirs = load(folder, device="cpu"), bitsandbytes_model(folder)
+def test_the_same_bits_as_transformers_with_bitsandbytes(folder, device):
+    ours, theirs = load(folder, device=device), bitsandbytes_model(folder)
+    assert ours.device.type == theirs.device.type == device.type
     assert same_bits(ours, theirs) == 14
     assert not ours.training
     assert ours.generation_config.top_k == 7
