@@ -115,9 +115,10 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
             "whole_run": whole,
             **peaks(),
         }
-        reset_adapters(model)
-        result |= loop.gradients()
-        result["gradients"] = _gradients(model, loop)
+        if len(a.budgets.split(",")) > 1:  # to be compared
+            reset_adapters(model)
+            result |= loop.gradients()
+            result["gradients"] = _gradients(model, loop)
         result["notes"] = fastplug.report(model).notes
     except (RuntimeError, fastplug.FastPlugError) as error:  # a budget that is too small is a result
         result["error"] = str(error).splitlines()[0][:400]
@@ -219,8 +220,8 @@ def line(result: dict[str, Any]) -> str:
     return (
         f"{result['budget']:>8} {result['ms']:9.1f} ms  planned {result['planned_gib']:7.2f}  measured "
         f"{result['peak_gib'] or 0:7.2f} (whole run {result['whole_run']['peak_gib'] or 0:7.2f}) GiB  "
-        f"same={result['same']}  loss {result['loss']}  norm {result['grad_norm']}  "
-        f"[{policies}; tiles {result['tile_rows']}; dropped {result['dropped']}]"
+        + "".join(f"{name}={result[name]}  " for name in ("same", "loss", "grad_norm") if name in result)
+        + f"[{policies}; tiles {result['tile_rows']}; dropped {result['dropped']}]"
     )
 
 

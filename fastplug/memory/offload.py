@@ -161,17 +161,30 @@ class Offloader:
         return self.pool.pieces * PIECE
 
     def group(self, skip: Collection[int] = ()) -> Group:
-        """For a layer whose forward begins now: those before the one that has just run leave the device.
+        """For a layer whose forward begins now.
 
         Args:
             skip: Addresses of storages that stay where they are.
         """
+        self.passed()
+        made = Group(self, skip)
+        self._groups = [*self._groups, weakref.ref(made)]
+        return made
+
+    def passed(self) -> None:
+        """A layer's forward begins, whatever its policy: what was offloaded before the last time leaves the device."""
         alive = self._alive()
+        self._groups = [weakref.ref(group) for group in alive]
         for group in alive[:-1]:
             group.leave()
-        made = Group(self, skip)
-        self._groups = [weakref.ref(group) for group in (*alive, made)]
-        return made
+
+    def clear(self) -> int:
+        """Let everything leave the device that is waiting there; the bytes that frees."""
+        staged = [handle for group in self._alive() for handle in group.handles if handle.on_device is not None]
+        for group in self._alive():
+            group.leave()
+        self._entered = None
+        return sum(handle.size for handle in staged)
 
     @property
     def latest(self) -> Group:

@@ -38,11 +38,11 @@ class Room:
     """What can be dropped when memory runs out, for all layers of one ``apply``.
 
     Args:
-        release: Gives cached blocks back to the device.
+        release: Gives cached blocks back to the device, and what waits there to be copied; the bytes of the latter.
         ran_out: Called with the bytes that were missing, once for each time something was dropped.
     """
 
-    def __init__(self, release: Callable[[], None], ran_out: Callable[[int], None]) -> None:
+    def __init__(self, release: Callable[[], int], ran_out: Callable[[int], None]) -> None:
         self._release, self._ran_out = release, ran_out
         self._waiting: list[weakref.ref[Record]] = []
         self.dropped = 0  # layers whose kept tensors were dropped so far
@@ -62,7 +62,7 @@ class Room:
         return sum(record.index == index for record in self.records())
 
     def make(self, message: str, attempt: int) -> bool:
-        """Drop what layers keep until the failed request may fit, twice as much at each attempt; whether there was any.
+        """Drop what layers keep until the failed request may fit, twice as much at each attempt; whether that may help.
 
         The oldest forwards go first: their backward comes last, so this lasts longest.
         """
@@ -73,10 +73,10 @@ class Room:
                 freed, count = freed + record.held, count + 1
                 if freed >= goal and count >= 1 << attempt:
                     break
-        self._release()
+        staged = self._release()
         self.dropped += count
         self._ran_out(max(missing, freed))
-        return count > 0
+        return count > 0 or staged > 0
 
 
 def retried(room: Room, work: Callable[[], T]) -> T:

@@ -18,6 +18,7 @@ from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, gib
 from fastplug.memory.calibration import Agreed, Observation
 from fastplug.memory.costs import LayerCosts
+from fastplug.memory.estimate import in_comparison
 from fastplug.memory.meter import Meter, meter_for
 from fastplug.memory.oom import Room
 from fastplug.memory.plan import Plan
@@ -240,7 +241,7 @@ class Planner:
             found = [min(least, key=lambda pair: pair[0].total)]
             why = str(nearest).removeprefix("fastplug: ")
             self.note(f"{why}; the step goes on with the least that layers can keep")
-        plan, self._costs[shape] = min(found, key=lambda pair: pair[0].ms)
+        plan, self._costs[shape] = min(found, key=lambda pair: in_comparison(pair[0]))
         return plan
 
     @staticmethod
@@ -271,9 +272,14 @@ class Planner:
             if layer is not None and KEY in layer.__dict__:
                 layer.__dict__[KEY].graphs = None
 
-    def _release(self) -> None:
+    def _release(self) -> int:
+        """Give cached blocks back to the device, and what waits there for copies; the bytes of the latter."""
+        layers = [layer for layer in (reference() for reference in self._layers) if layer is not None]
+        offloaders = {id(o): o for o in (_offloader(layer) for layer in layers) if o is not None}
+        staged = sum(offloader.clear() for offloader in offloaders.values())
         if self.meter is not None:
             self.meter.release()
+        return staged
 
     # --- around ---
 
@@ -295,6 +301,11 @@ class Planner:
                 pinned=self.pinned,
             )
         return found
+
+
+def _offloader(layer: nn.Module) -> Any:
+    binding = layer.__dict__.get(KEY)
+    return None if binding is None else binding.runtime.offload
 
 
 def _least(layer: LayerCosts) -> Policy:

@@ -38,10 +38,12 @@ sys.stdin.readline()
 @pytest.fixture(autouse=True)
 def clean(deterministic: None) -> Iterator[None]:
     """Each test begins with an empty cache, and the same bits come from the same numbers."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # gigabytes of it
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -126,6 +128,8 @@ def train(model: Any, other: Any = None) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("memory", ["auto", "keep"])
 def test_a_process_that_takes_10_gib_in_micro_batch_2_of_4_changes_no_weight(memory: str) -> None:
+    """To the last bit, unless what is left calls for MLPs in tiles, whose sums round differently."""
+
     def run(other: Any = None) -> tuple[Any, dict[str, torch.Tensor], int]:
         model = build(layers=LAYERS, width=2048)
         fastplug.apply(model, memory=memory, graphs="off", headroom="1GiB" if memory == "auto" else None)
@@ -156,7 +160,10 @@ def test_a_process_that_takes_10_gib_in_micro_batch_2_of_4_changes_no_weight(mem
         (planner,) = planners(model)
         assert planner.room.dropped >= 1
         assert any("a step ran out of memory" in note for note in fastplug.report(model).notes)
-        assert same(found, wanted)
+        if all(plan.tile_rows is None for plan in planner.plans.values()):
+            assert same(found, wanted)
+        for name, value in wanted.items():
+            assert float((found[name] - value).norm()) <= 1e-3 * float(value.norm()), name
     finally:
         ballast.clear()
         other.kill()

@@ -71,10 +71,10 @@ TYPES: dict[str, Callable[[Any], Any]] = {
 def trained(model, folder, *callbacks, **changes):
     """The Trainer after its run, and what trained by name."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+    before = {name: p.detach().clone().cpu() for name, p in model.named_parameters() if name in names}
     trainer = tiny.trainer(model, folder, *callbacks, max_steps=STEPS, learning_rate=1e-2, **changes)
     trainer.train()
-    after = {name: p.detach() for name, p in trainer.model.named_parameters() if name in names}
+    after = {name: p.detach().cpu() for name, p in trainer.model.named_parameters() if name in names}
     return trainer, {name: after[name] - before[name] for name in names}
 
 

@@ -230,7 +230,7 @@ def test_messages_are_read() -> None:
     assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not out_of_memory(RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        retried(Room(lambda: None, lambda missing: None), lambda: _raise(RuntimeError("shape mismatch")))
+        retried(Room(lambda: 0, lambda missing: None), lambda: _raise(RuntimeError("shape mismatch")))
 
 
 def _raise(error: BaseException) -> None:

@@ -275,6 +275,8 @@ def torchao(linear: nn.Linear, config: str, **options: Any) -> nn.Module:
     if "group" in options:
         options = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(options["group"])}
     quantization.quantize_(layer, getattr(quantization, config)(**options))
+    if type(layer.weight).__name__ == "AffineQuantizedTensor":
+        pytest.skip(f"this torchao still makes its former kind of tensors of {config}, which are refused by name")
     return layer
 
 
