@@ -233,4 +233,15 @@ def least(
     return min(needs)
 
 
-__all__ = ["SLACK", "TILES", "Estimate", "best_plan", "estimate", "in_comparison", "layer_costs", "least", "policies_of", "uniform_plan"]
+__all__ = [
+    "SLACK",
+    "TILES",
+    "Estimate",
+    "best_plan",
+    "estimate",
+    "in_comparison",
+    "layer_costs",
+    "least",
+    "policies_of",
+    "uniform_plan",
+]
