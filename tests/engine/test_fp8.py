@@ -7,11 +7,13 @@ import torch
 
 import fastplug
 from fastplug.errors import OptionError
+from fastplug.memory.policy import Policy
 from fastplug.ops.fp8 import gemm, kernel
-from fastplug.ops.lora import fp8_base
+from fastplug.ops.lora import fp8_base, gated_mlp_rows
 from fastplug.ops.table import table_for
 from tests import models
 from tests.engine.step import patched, step
+from tests.memory.under import under
 
 BASES = ["lora", "qlora"]
 
@@ -218,3 +220,18 @@ def test_an_op_that_adds_the_adapters_share_does(model, batch, device, monkeypat
     assert not torch.equal(ours.logits, apart.logits)  # rounded once, not twice
     assert abs(float(ours.loss - apart.loss)) < 0.005 * float(apart.loss)
     assert cosines(ours.gradients, apart.gradients).min() > 0.98
+
+
+@pytest.mark.parametrize("compute", ["fp8_backward", "fp8"])
+@pytest.mark.parametrize(("policy", "rows"), [(Policy.KEEP, None), (Policy.DROP_GATE_UP, None), (Policy.RESIDUAL, 24)])
+def test_an_activation_that_quantizes_too_changes_nothing(model, batch, device, monkeypatch, compute, policy, rows):
+    apart = step(under(patched(model, compute=compute), policy, rows), batch)
+    glu, used = table_for(device).glu, []
+    for name in ("forward_quantized", "backward_quantized"):
+        plain = getattr(glu, name)
+        monkeypatch.setattr(glu, name, lambda *args, plain=plain, name=name: used.append(name) or plain(*args))
+    monkeypatch.setattr(gated_mlp_rows, "QUANTIZE", True)
+    ours = step(under(patched(model, compute=compute), policy, rows), batch)
+    assert set(used) == {"backward_quantized"} | ({"forward_quantized"} if compute == "fp8" else set())
+    assert torch.equal(ours.logits, apart.logits)
+    assert all(torch.equal(ours.gradients[name], apart.gradients[name]) for name in apart.gradients)

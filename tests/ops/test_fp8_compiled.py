@@ -1,4 +1,4 @@
-"""The FP8 product with an adapter's share as the compiler makes it for Hopper, from a machine without a GPU.
+"""FP8 products with an adapter's share, and activations in FP8, as the compiler makes them for Hopper without a GPU.
 
     python -m tests.ops.test_fp8_compiled
 
@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastplug.ops.configs import CHIPS
+from fastplug.ops.configs import CHIPS, REGISTERS, WARP
 from fastplug.ops.fp8 import gemm
 from fastplug.ops.fp8.reference import FP8
+from fastplug.ops.glu import quantizing
 from tests.ops.test_launch_table import run
 
 HOPPER = 90
@@ -33,13 +34,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_products_fit_and_never_wait_for_the_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     """Four steps of the tensor cores and one wait: else the assembler has put one after each, at half the speed."""
-    assert {kernel["kind"] for kernel in compiled} == {"plain"} | ({"specialized"} if gemm.specialized else set())
-    for kernel in compiled:
+    products = [kernel for kernel in compiled if kernel["kind"] in ("plain", "specialized")]
+    assert {kernel["kind"] for kernel in products} == {"plain"} | ({"specialized"} if gemm.specialized else set())
+    for kernel in products:
         assert kernel["shared"] <= CHIPS[HOPPER].shared * 1024, kernel
         assert kernel["spilled"] <= (64 if kernel["kind"] == "plain" else 0), kernel  # after the loop
         assert kernel["multiply"] == 4, kernel
         assert kernel["commit"] == 1, kernel
         assert kernel["share"] >= 1, kernel
+
+
+def test_activations_leave_room_for_several_rows_at_once(compiled: list[dict[str, Any]]) -> None:
+    kernels = [kernel for kernel in compiled if kernel["kind"] == "activation"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert 2 * kernel["registers"] * kernel["warps"] * WARP <= REGISTERS, kernel
 
 
 def main() -> None:
@@ -62,6 +72,13 @@ def main() -> None:
                 "share": len(re.findall(r"\bHGMMA", code)),
             }
             print(json.dumps({"kind": kind, "rank": rank, **resources(kernel), **counts}), flush=True)
+    both, down = torch.empty(64, 28672, dtype=torch.bfloat16), torch.empty(64, 14336, dtype=torch.bfloat16)
+    gate, up = both.split(14336, dim=1)
+    with compiling(HOPPER) as kernels:
+        quantizing.forward_quantized(gate, up, "silu", down)
+        quantizing.backward_quantized(down, gate, up, "silu", both, down)
+    for _, kernel in kernels:
+        print(json.dumps({"kind": "activation", **resources(kernel)}), flush=True)
 
 
 def disassembled(kernel: Any) -> str:

@@ -17,6 +17,18 @@ TILE = 64  # of a transposition: 64 x 64 elements, 64-byte rows of the result
 
 
 @triton.jit
+def row_scale(amax, LARGEST: tl.constexpr):
+    """The scale of a row whose largest magnitude is amax."""
+    return tl.where(amax > 0, amax / LARGEST, 1.0)
+
+
+@triton.jit
+def rounded(x, inverse, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """x over its scale, in e4m3."""
+    return tl.minimum(tl.maximum(x * inverse, -LARGEST), LARGEST).to(dtype)
+
+
+@triton.jit
 def _rows_kernel(
     x_ptr,  # [M, K]
     q_ptr,  # [M, K] e4m3, contiguous
@@ -40,17 +52,16 @@ def _rows_kernel(
             part = tl.load(x_ptr + start + cols, mask=start + cols < K, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(part))
         amax = tl.max(largest, axis=0)
-    scale = tl.where(amax > 0, amax / LARGEST, 1.0)
+    scale = row_scale(amax, LARGEST)
     tl.store(scale_ptr + row, scale)
     inverse = 1.0 / scale
     if BLOCK >= K:
-        q = tl.minimum(tl.maximum(x * inverse, -LARGEST), LARGEST)
-        tl.store(q_ptr + cols, q.to(q_ptr.dtype.element_ty), mask=cols < K)
+        tl.store(q_ptr + cols, rounded(x, inverse, q_ptr.dtype.element_ty, LARGEST), mask=cols < K)
     else:
         for start in range(0, K, BLOCK):
             part = tl.load(x_ptr + start + cols, mask=start + cols < K, other=0.0).to(tl.float32)
-            q = tl.minimum(tl.maximum(part * inverse, -LARGEST), LARGEST)
-            tl.store(q_ptr + start + cols, q.to(q_ptr.dtype.element_ty), mask=start + cols < K)
+            q = rounded(part, inverse, q_ptr.dtype.element_ty, LARGEST)
+            tl.store(q_ptr + start + cols, q, mask=start + cols < K)
 
 
 @triton.jit
@@ -71,7 +82,7 @@ def _columns_kernel(
     mask = (n < N)[:, None] & (k < K)[None, :]
     w = tl.load(w_ptr + n[:, None] * (w_stride * UNIT) + k[None, :], mask=mask, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.load(scale_ptr + k, mask=k < K, other=1.0)
-    q = tl.minimum(tl.maximum(w * inverse[None, :], -LARGEST), LARGEST).to(q_ptr.dtype.element_ty)
+    q = rounded(w, inverse[None, :], q_ptr.dtype.element_ty, LARGEST)
     tl.store(q_ptr + k[:, None] * (q_stride * UNIT) + n[None, :], tl.trans(q), mask=tl.trans(mask))
 
 

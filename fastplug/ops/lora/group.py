@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fastplug.ops.lora.adapters import Adapters
-from fastplug.ops.lora.fp8_base import Fp8
+from fastplug.ops.lora.fp8_base import Fp8, Quantized
 from fastplug.ops.lora.matmul import mm
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
@@ -56,10 +56,18 @@ class Group:
         return kept
 
     def products(
-        self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
+        self,
+        x: torch.Tensor,
+        kept: Kept,
+        out: torch.Tensor | None = None,
+        factor: float = 1.0,
+        quantized: Quantized | None = None,
     ) -> torch.Tensor:
-        """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
-        base = None if self.fp8 is None else self.fp8.output(self, x, kept)
+        """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given.
+
+        ``quantized`` is x in FP8, as in :meth:`input_gradient`.
+        """
+        base = None if self.fp8 is None else self.fp8.output(self, x, kept, quantized)
         if base is not None:
             out = base if out is None and factor == 1.0 else self._added(out, base, factor)
             return self._biased(out, factor)
@@ -93,14 +101,17 @@ class Group:
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool, quantized: Quantized | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features]."""
+        """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features].
+
+        ``quantized`` is g in FP8, by row, where there is that already; it is for a group with ``fp8`` only.
+        """
         gb = self.adapted.scaled_gb(g, kept)
         if not needs_dx:
             return None, gb
         if self.fp8 is not None:
-            return self.fp8.input_gradient(self, g, gb, kept), gb
+            return self.fp8.input_gradient(self, g, gb, kept, quantized), gb
         dx = None if gb is None else self.adapted.dx(gb, kept)
         start = dx is not None
         if dx is None:
