@@ -16,8 +16,9 @@ from fastplug.memory.shapes import LayerShape, ModelShape
 from fastplug.memory.solve import DoesNotFit, assemble, least_budget, solve
 from fastplug.memory.times import layer_ms, other_ms
 
-SLACK = 0.03
-"""Reserved beyond allocated bytes: blocks that are cut too small or too large for what comes next."""
+SLACK = 0.05
+"""Reserved beyond allocated bytes: blocks that are cut too small or too large for what comes next. 4.9 to 6.3% were
+measured under budgets on an H100."""
 LIBRARIES = 64 * 2**20
 """Workspaces that cuBLAS and cuDNN take from PyTorch's allocator and keep: 0.07 to 0.1 GiB on an H100."""
 TILES = (16384, 8192, 4096, 2048)

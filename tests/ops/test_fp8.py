@@ -7,9 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastplug.ops.fp8 import gemm, kernel, reference
+from fastplug.ops.fp8 import kernel, reference
 from fastplug.ops.fp8.reference import FP8, LARGEST
-from fastplug.ops.low_rank import reference as low_rank
 
 pytestmark = pytest.mark.interpreter
 
@@ -110,82 +109,3 @@ def test_product(op, device, M):
     truth = decoded(qa, sa) @ decoded(qb, sb).t()
     largest = (decoded(qa, sa).abs() @ decoded(qb, sb).abs().t()).max()
     assert ((out.double() - truth).abs() <= truth.abs() * 2.0**-8 + 2.0**-12 * largest).all()
-
-
-def with_share(M: int, N: int, K: int, R: int, transposed: bool, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Operands of a product, with their scales, and the factors of an adapter's share."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter takes bf16 for integers
-    a, b = ((torch.randn(shape, device=device) * 30).to(FP8) for shape in ((M, K), (N, K)))
-    sa, sb = torch.rand(M, device=device) / 300, torch.rand(N, device=device) / 300
-    left = torch.randn(M, R, device=device, dtype=dtype)
-    right = torch.randn((R, N) if transposed else (N, R), device=device, dtype=dtype)
-    return a, sa, b, sb, left, right.t() if transposed else right
-
-
-def assert_adds(y: torch.Tensor, operands: tuple[torch.Tensor, ...], alpha: float) -> None:
-    """At most twice the error of the product and then the addition, each rounded once."""
-    a, sa, b, sb, left, right = operands
-    truth = decoded(a, sa) @ decoded(b, sb).t() + alpha * (left.double() @ right.double().t())
-    apart = kernel.product(a, sa, b, sb, left.dtype)
-    low_rank.add(apart, left, right, alpha)
-    assert (y.double() - truth).abs().max() <= 2 * (apart.double() - truth).abs().max()
-    assert (y.double() - truth).norm() <= 2 * (apart.double() - truth).norm()
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    ("M", "N", "K", "R", "alpha"),
-    [(16, 16, 16, 8, 1.0), (100, 208, 144, 16, 0.5), (300, 528, 272, 48, 1.0), (129, 264, 128, 128, -2.0)],
-)
-def test_an_adapters_share_is_added_before_the_product_is_rounded(op, device, M, N, K, R, alpha, transposed):
-    operands = with_share(M, N, K, R, transposed, device)
-    dtype = operands[4].dtype
-    if op is kernel and not gemm.suits(operands[0], operands[2], *operands[4:], dtype):
-        pytest.skip("not this GPU")
-    y = op.product_add(*operands, dtype, alpha)
-    assert y.dtype == dtype
-    assert_adds(y, operands, alpha)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [gemm.CONFIG, gemm.Config(), gemm.Config(block_n=128, warps=4, resident=2, flatten=False),
-     gemm.Config(block_n=128, stages=4, exact=True, flatten=False), gemm.Config(stages=3, halves=False, flatten=False)],
-)  # fmt: skip
-def test_every_way_to_cut_the_product_up(device, config):
-    operands = with_share(260, 272, 384, 48, False, device)
-    if not gemm.suits(operands[0], operands[2], *operands[4:], operands[4].dtype):
-        pytest.skip("not this GPU")
-    y = torch.full((260, 272), float("nan"), device=device, dtype=operands[4].dtype)
-    gemm.launch(y, *operands, 0.5, config)
-    assert_adds(y, operands, 0.5)
-
-
-def test_what_the_kernel_does_not_add(device, monkeypatch):
-    a, _, b, _, left, right = with_share(32, 48, 64, 16, False, device)
-
-    def adds(a=a, b=b, left=left, right=right):
-        return kernel.adds(a, b, left, right, left.dtype)
-
-    assert not reference.adds(a, b, left, right, left.dtype)
-    monkeypatch.setattr(gemm, "FUSED", False)
-    assert not adds()
-    monkeypatch.setattr(gemm, "FUSED", True)
-    if device.type == "cuda" and torch.cuda.get_device_capability() != gemm.ARCHITECTURE:
-        assert not adds()
-        return
-    assert adds()
-    assert adds(right=right.t().contiguous().t())
-    assert not adds(left=left[:, :4], right=right[:, :4].contiguous())  # rows of 8 bytes
-    assert not adds(left=left.repeat(1, 9), right=right.repeat(1, 9))  # a rank of 144
-    assert not adds(left=left.t().contiguous().t())
-    assert not adds(a=a[:0], left=left[:0])
-    assert not adds(left=left.float(), right=right.float())
-
-
-def test_custom_op_of_the_product_with_a_share(device):
-    operands = with_share(16, 32, 16, 16, False, device)
-    if not gemm.suits(operands[0], operands[2], *operands[4:], operands[4].dtype):
-        pytest.skip("not this GPU")
-    y = torch.empty(16, 32, device=device, dtype=operands[4].dtype)
-    torch.library.opcheck(gemm.fp8_product_add.op, (y, *operands, 1.0), test_utils="test_faketensor")

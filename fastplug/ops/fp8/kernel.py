@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from fastplug.ops.configs import config
-from fastplug.ops.fp8 import gemm, reference
+from fastplug.ops.fp8 import reference
 from fastplug.ops.fp8.reference import FP8, LARGEST
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
+from fastplug.ops.low_rank import product as share
 
 ROW_BLOCK = 16384  # elements of a row that one program holds in registers; longer rows are read twice
 TILE = 64  # of a transposition: 64 x 64 elements, 64-byte rows of the result
@@ -156,9 +157,18 @@ def product(
     )
 
 
-def adds(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
-    """See :func:`fastplug.ops.fp8.reference.adds`."""
-    return gemm.FUSED and gemm.suits(a, b, left, right, dtype)
-
-
-product_add = gemm.product_add
+def product_add(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    dtype: torch.dtype,
+    alpha: float = 1.0,
+) -> torch.Tensor | None:
+    """See :func:`fastplug.ops.fp8.reference.product_add`."""
+    if not share.suits(a, b, left, right, dtype):
+        return None
+    y = torch.empty(len(a), len(b), dtype=dtype, device=a.device)
+    return y if share.attempt(y, a, b, left, right, alpha, a_scale, b_scale) else None

@@ -47,14 +47,6 @@ def product(
     return ((a.float() @ b.float().t()) * a_scale[:, None] * b_scale).to(dtype)
 
 
-def adds(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether :func:`product_add` is the way to a product with an adapter's share, as one pass over the result.
-
-    Else that is :func:`product` and an addition in place.
-    """
-    return False
-
-
 def product_add(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -64,14 +56,16 @@ def product_add(
     right: torch.Tensor,
     dtype: torch.dtype,
     alpha: float = 1.0,
-) -> torch.Tensor:
-    """:func:`product` and alpha · left rightᵀ, summed in fp32 and rounded once: [M, N] in ``dtype``.
+) -> torch.Tensor | None:
+    """:func:`product` and alpha · left rightᵀ in one kernel, summed in fp32 and rounded once, where there is one.
 
     Args:
         a, a_scale, b, b_scale, dtype: As in :func:`product`.
         left: [M, R] in ``dtype``.
-        right: [N, R] in ``dtype``, or the transpose of a tensor with contiguous rows.
-        alpha: A factor.
+        right: [N, R] in ``dtype``.
+        alpha: A factor, not 0.
+
+    Returns:
+        [M, N] in ``dtype``, or None: then the product and an addition in place are the way.
     """
-    share = left.float() @ right.float().t() * alpha
-    return ((a.float() @ b.float().t()) * a_scale[:, None] * b_scale + share).to(dtype)
+    return None

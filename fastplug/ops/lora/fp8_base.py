@@ -112,9 +112,8 @@ class Fp8:
         """The base product, and whether the share has been added to it."""
         fp8 = group.ops.fp8
         weight = self._weight(group, transposed)
-        if share is not None and fp8.adds(rows.values, weight.values, *share, group.dtype):
-            return fp8.product_add(*rows, *weight, *share, group.dtype), True
-        return fp8.product(*rows, *weight, group.dtype), False
+        y = None if share is None else fp8.product_add(*rows, *weight, *share, group.dtype)
+        return (fp8.product(*rows, *weight, group.dtype), False) if y is None else (y, True)
 
     def _weight(self, group: Group, transposed: bool) -> Quantized:
         owners = [p.owner for p in group.projections]
