@@ -7,12 +7,11 @@ import torch
 
 import fastplug
 from fastplug.errors import OptionError
-from fastplug.memory.policy import Policy
-from fastplug.ops.lora import fp8_base, gated_mlp_rows
+from fastplug.ops.fp8 import reference
+from fastplug.ops.lora import fp8_base
 from fastplug.ops.table import table_for
 from tests import models
 from tests.engine.step import patched, step
-from tests.memory.under import under
 
 BASES = ["lora", "qlora"]
 
@@ -212,25 +211,9 @@ def test_an_op_that_adds_the_adapters_share_does(model, batch, device, monkeypat
         y = fp8.product(a, a_scale, b, b_scale, torch.bfloat16 if a.is_cuda else torch.float32).float()
         return (y + alpha * left.float() @ right.float().t()).to(dtype)
 
-    apart = step(patched(model, compute="fp8"), batch)
-    monkeypatch.setattr(fp8, "product_add", product_add)
-    ours = step(patched(model, compute="fp8"), batch)
+    apart = step(patched(model, compute="fp8", kernels="reference"), batch)
+    monkeypatch.setattr(reference, "product_add", product_add)
+    ours = step(patched(model, compute="fp8", kernels="reference"), batch)
     assert len(added) == 15  # four groups a layer in two directions, but no gradient of the embedding
-    assert not torch.equal(ours.logits, apart.logits) or device.type == "cuda"  # rounded once, not twice
     assert abs(float(ours.loss - apart.loss)) < 0.005 * float(apart.loss)
     assert cosines(ours.gradients, apart.gradients).min() > 0.98
-
-
-@pytest.mark.parametrize("compute", ["fp8_backward", "fp8"])
-@pytest.mark.parametrize(("policy", "rows"), [(Policy.KEEP, None), (Policy.DROP_GATE_UP, None), (Policy.RESIDUAL, 24)])
-def test_an_activation_that_quantizes_too_changes_nothing(model, batch, device, monkeypatch, compute, policy, rows):
-    apart = step(under(patched(model, compute=compute), policy, rows), batch)
-    glu, used = table_for(device).glu, []
-    for name in ("forward_quantized", "backward_quantized"):
-        plain = getattr(glu, name)
-        monkeypatch.setattr(glu, name, lambda *args, plain=plain, name=name: used.append(name) or plain(*args))
-    monkeypatch.setattr(gated_mlp_rows, "QUANTIZE", True)
-    ours = step(under(patched(model, compute=compute), policy, rows), batch)
-    assert set(used) == {"backward_quantized"} | ({"forward_quantized"} if compute == "fp8" else set())
-    assert torch.equal(ours.logits, apart.logits)
-    assert all(torch.equal(ours.gradients[name], apart.gradients[name]) for name in apart.gradients)

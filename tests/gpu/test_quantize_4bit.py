@@ -29,8 +29,10 @@ def compare(weight: torch.Tensor, kind: str, blocksize: int, double: bool) -> No
     assert len(ours.tensors) == len(parts)
     for name, mine, theirs in zip(("packed", "absmax", "code", "code2", "absmax2", "offset"), ours.tensors, parts):
         assert mine.dtype == theirs.dtype, name
-        different = int((mine != theirs).sum())
-        assert not different, f"{name}: {different} of {mine.numel()} differ, {tuple(weight.shape)}, double={double}"
+        different = (mine != theirs).nonzero().flatten().tolist()
+        shown = [(i, mine.flatten()[i].item(), theirs.flatten()[i].item()) for i in different[:6]]
+        said = f"{name}: {len(different)} of {mine.numel()} differ, {tuple(weight.shape)}, double={double}: {shown}"
+        assert not different, said
 
 
 @pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 1024, 2048, 4096])

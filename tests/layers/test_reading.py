@@ -75,7 +75,8 @@ def test_what_comes_next_is_read_while_the_device_works(file: Path, parts: list[
         reader.read(first)
         reader._pool.shutdown(wait=True)
         ahead = {start for start, _ in parts} - set(range(first.start, first.start + first.size))
-        assert len(ahead) >= reading._BUFFERS - 1
+        waiting = 1 if device.type == "cpu" else reading._BUFFERS // 2  # whose copies to a GPU are not done
+        assert len(ahead) >= reading._BUFFERS - waiting
         assert len(parts) <= -(-first.size // 64) + reading._BUFFERS  # and never more than there are buffers
 
 

@@ -7,9 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastplug.ops.fp8 import kernel as fp8_kernel
-from fastplug.ops.fp8 import reference as fp8_reference
-from fastplug.ops.glu import glu, kernel, quantizing, reference
+from fastplug.ops.glu import glu, kernel, reference
 from tests.accuracy import assert_as_accurate
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter truncates instead of rounding
@@ -21,15 +19,6 @@ pytestmark = pytest.mark.interpreter
 @pytest.fixture(params=[reference, kernel], ids=["reference", "kernel"])
 def op(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
-
-
-@pytest.fixture
-def fp8(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
-    """What quantizes apart from the activation, of the same kind."""
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no FP8 on this GPU")
-    names = request.fixturenames
-    return fp8_reference if "op" in names and request.getfixturevalue("op") is reference else fp8_kernel
 
 
 def run(gate: torch.Tensor, up: torch.Tensor, dout: torch.Tensor, activation: str, dtype: torch.dtype):
@@ -120,62 +109,3 @@ def test_custom_ops(device):
     torch.library.opcheck(kernel.glu_forward.op, (*tensors[:3], "silu"))
     torch.library.opcheck(kernel.glu_backward.op, (*tensors, "gelu_tanh"))
     torch.library.opcheck(kernel.glu_backward.op, (*tensors[:5], None, "gelu"))
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("shape", [(3, 64), (5, 77), (2, 5000), (1, 1)])
-@pytest.mark.parametrize("block", [512, 4096])
-def test_quantized_as_apart(op, fp8, device, monkeypatch, activation, shape, block):
-    """The bits of the values, and of the values quantized afterwards; rows of zeros and strided ones are among them."""
-    monkeypatch.setattr(quantizing, "BLOCK", block)
-    M, N = shape
-    gate_up, dout = torch.randn(M, 2 * N + 16, device=device), torch.randn(M, N, device=device)
-    gate, up = gate_up[:, :N], gate_up[:, N : 2 * N]
-    up[-1] = 0
-    expected, out = torch.empty(M, N, device=device), torch.empty(M, N + 8, device=device)[:, :N]
-    op.forward(gate, up, activation, expected)
-    q, scale = op.forward_quantized(gate, up, activation, out)
-    assert torch.equal(out, expected)
-    for found, wanted in zip((q, scale), fp8.quantize_rows(expected)):
-        assert torch.equal(found.float(), wanted.float())
-
-    d_expected, again = torch.empty(M, 2 * N, device=device), torch.empty_like(expected)
-    op.backward(dout, gate, up, activation, d_expected[:, :N], d_expected[:, N:], again)
-    wide = torch.full((M, 2 * N + 16), 7.0, device=device)
-    q, scale = op.backward_quantized(dout, gate, up, activation, wide[:, : 2 * N], out)
-    assert torch.equal(wide[:, : 2 * N], d_expected)
-    assert (wide[:, 2 * N :] == 7.0).all()
-    assert torch.equal(out, again)
-    for found, wanted in zip((q, scale), fp8.quantize_rows(d_expected)):
-        assert torch.equal(found.float(), wanted.float())
-
-
-def test_quantized_in_place(op, fp8, device):
-    gate_up, dout = torch.randn(4, 192, device=device), torch.randn(4, 96, device=device)
-    expected, out = torch.empty_like(gate_up), torch.empty_like(dout)
-    op.backward(dout, gate_up[:, :96], gate_up[:, 96:], "silu", expected[:, :96], expected[:, 96:], out)
-    q, scale = op.backward_quantized(dout, gate_up[:, :96], gate_up[:, 96:], "silu", gate_up, dout)
-    assert torch.equal(gate_up, expected)
-    assert torch.equal(dout, out)
-    for found, wanted in zip((q, scale), fp8.quantize_rows(expected)):
-        assert torch.equal(found.float(), wanted.float())
-
-
-def test_nothing_to_quantize(op, fp8, device):
-    x = torch.randn(0, 16, device=device)
-    assert [t.shape for t in op.forward_quantized(x, x, "silu", x)] == [(0, 16), (0,)]
-    found = op.backward_quantized(x, x, x, "silu", torch.empty(0, 32, device=device))
-    assert [t.shape for t in found] == [(0, 32), (0,)]
-    with pytest.raises(ValueError, match="unknown activation 'relu'"):
-        op.forward_quantized(x, x, "relu", x)
-    with pytest.raises(ValueError, match="dgate_up has shape"):
-        kernel.backward_quantized(x, x, x, "silu", x)
-
-
-def test_custom_ops_of_quantizing(fp8, device):
-    gate, up, out = (torch.randn(3, 16, device=device) for _ in range(3))
-    q, scale = fp8.quantize_rows(torch.randn(3, 32, device=device))
-    args = (q[:, :16].contiguous(), scale, "silu")
-    torch.library.opcheck(quantizing.glu_forward_quantized.op, (gate, up, out, *args), test_utils="test_faketensor")
-    args = (torch.randn(3, 32, device=device), None, q, scale, "silu")
-    torch.library.opcheck(quantizing.glu_backward_quantized.op, (out, gate, up, *args), test_utils="test_faketensor")

@@ -1,4 +1,4 @@
-"""Products with an adapter's share, and activations in FP8, as the compiler makes them for Hopper without a GPU.
+"""FP8 products with an adapter's share, as the compiler makes them for Hopper without a GPU.
 
     python -m tests.ops.test_hopper_compiled
 
@@ -18,10 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastplug.ops.configs import CHIPS, REGISTERS, WARP
+from fastplug.ops.configs import CHIPS
 from fastplug.ops.fp8.reference import FP8
-from fastplug.ops.glu import quantizing
-from fastplug.ops.low_rank.product import FIRST
+from fastplug.ops.fp8.share import FIRST
 from tests.ops.test_launch_table import run
 
 HOPPER = 90
@@ -36,56 +35,39 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_products_fit_and_never_wait_for_the_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     """Four steps of the tensor cores and one wait: else the assembler has put one after each, at half the speed."""
-    products = [kernel for kernel in compiled if kernel["kind"] in ("fp8", "bf16")]
-    assert len(products) == (2 * len(RANKS) if GLUON else 0)
-    for kernel in products:
+    assert len(compiled) == (len(RANKS) if GLUON else 0)
+    for kernel in compiled:
         assert kernel["shared"] <= CHIPS[HOPPER].shared * 1024, kernel
         assert kernel["spilled"] == 0, kernel
         assert kernel["multiply"] == 4 + kernel["share"], kernel
         assert kernel["commit"] == 1 + kernel["blocks"], kernel
 
 
-def test_activations_leave_room_for_several_rows_at_once(compiled: list[dict[str, Any]]) -> None:
-    kernels = [kernel for kernel in compiled if kernel["kind"] == "activation"]
-    assert len(kernels) == 2
-    for kernel in kernels:
-        assert kernel["spilled"] == 0, kernel
-        assert 2 * kernel["registers"] * kernel["warps"] * WARP <= REGISTERS, kernel
-
-
 def main() -> None:
     from tests.ops.ahead_of_time import compiling, resources
 
-    if GLUON:
-        from fastplug.ops.low_rank import hopper
+    if not GLUON:
+        return
+    from fastplug.ops.fp8 import hopper
+
     for rank, transposed in RANKS:
         a, b = torch.empty(256, 4096, dtype=FP8), torch.empty(512, 4096, dtype=FP8)
         y, left = torch.empty(256, 512, dtype=torch.bfloat16), torch.empty(256, rank, dtype=torch.bfloat16)
         right = torch.empty((rank, 512) if transposed else (512, rank), dtype=torch.bfloat16)
-        x, w = torch.empty(256, 4096, dtype=torch.bfloat16), torch.empty(512, 4096, dtype=torch.bfloat16)
-        share = left, right.t() if transposed else right, 1.0, 132
+        right = right.t() if transposed else right
         with compiling(HOPPER) as kernels:
-            if GLUON:
-                hopper.launch(y, a, torch.empty(256), b, torch.empty(512), *share)
-                hopper.launch(y, x, None, w.view(4096, 512).t() if transposed else w, None, *share)
-        block = 64 if rank > 32 or (GLUON and hopper.WHOLE) else 32 if rank > 16 else 16
-        for kind, (_, kernel) in zip(("fp8", "bf16"), kernels):
+            hopper.launch(y, a, torch.empty(256), b, torch.empty(512), left, right, 1.0, 132)
+        block = 64 if rank > 32 or hopper.WHOLE else 32 if rank > 16 else 16
+        blocks = -(-rank // block)
+        for _, kernel in kernels:
             code = disassembled(kernel)
-            blocks = -(-rank // block)
             counts = {
                 "multiply": len(re.findall(r"\b[QH]GMMA", code)),
                 "commit": len(re.findall(r"\b[QH]GMMA.*gsb0", code)),
                 "blocks": blocks,
                 "share": blocks * block // 16,
             }
-            print(json.dumps({"kind": kind, "rank": rank, **resources(kernel), **counts}), flush=True)
-    both, down = torch.empty(64, 28672, dtype=torch.bfloat16), torch.empty(64, 14336, dtype=torch.bfloat16)
-    gate, up = both.split(14336, dim=1)
-    with compiling(HOPPER) as kernels:
-        quantizing.forward_quantized(gate, up, "silu", down)
-        quantizing.backward_quantized(down, gate, up, "silu", both, down)
-    for _, kernel in kernels:
-        print(json.dumps({"kind": "activation", **resources(kernel)}), flush=True)
+            print(json.dumps({"rank": rank, **resources(kernel), **counts}), flush=True)
 
 
 def disassembled(kernel: Any) -> str:

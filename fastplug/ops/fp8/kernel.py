@@ -7,26 +7,13 @@ import triton
 import triton.language as tl
 
 from fastplug.ops.configs import config
-from fastplug.ops.fp8 import reference
+from fastplug.ops.fp8 import reference, share
 from fastplug.ops.fp8.reference import FP8, LARGEST
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
-from fastplug.ops.low_rank import product as share
 
 ROW_BLOCK = 16384  # elements of a row that one program holds in registers; longer rows are read twice
 TILE = 64  # of a transposition: 64 x 64 elements, 64-byte rows of the result
-
-
-@triton.jit
-def row_scale(amax, LARGEST: tl.constexpr):
-    """The scale of a row whose largest magnitude is amax."""
-    return tl.where(amax > 0, amax / LARGEST, 1.0)
-
-
-@triton.jit
-def rounded(x, inverse, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """x over its scale, in e4m3."""
-    return tl.minimum(tl.maximum(x * inverse, -LARGEST), LARGEST).to(dtype)
 
 
 @triton.jit
@@ -53,16 +40,17 @@ def _rows_kernel(
             part = tl.load(x_ptr + start + cols, mask=start + cols < K, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(part))
         amax = tl.max(largest, axis=0)
-    scale = row_scale(amax, LARGEST)
+    scale = tl.where(amax > 0, amax / LARGEST, 1.0)
     tl.store(scale_ptr + row, scale)
     inverse = 1.0 / scale
     if BLOCK >= K:
-        tl.store(q_ptr + cols, rounded(x, inverse, q_ptr.dtype.element_ty, LARGEST), mask=cols < K)
+        q = tl.minimum(tl.maximum(x * inverse, -LARGEST), LARGEST)
+        tl.store(q_ptr + cols, q.to(q_ptr.dtype.element_ty), mask=cols < K)
     else:
         for start in range(0, K, BLOCK):
             part = tl.load(x_ptr + start + cols, mask=start + cols < K, other=0.0).to(tl.float32)
-            q = rounded(part, inverse, q_ptr.dtype.element_ty, LARGEST)
-            tl.store(q_ptr + start + cols, q, mask=start + cols < K)
+            q = tl.minimum(tl.maximum(part * inverse, -LARGEST), LARGEST)
+            tl.store(q_ptr + start + cols, q.to(q_ptr.dtype.element_ty), mask=start + cols < K)
 
 
 @triton.jit
@@ -83,7 +71,7 @@ def _columns_kernel(
     mask = (n < N)[:, None] & (k < K)[None, :]
     w = tl.load(w_ptr + n[:, None] * (w_stride * UNIT) + k[None, :], mask=mask, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.load(scale_ptr + k, mask=k < K, other=1.0)
-    q = rounded(w, inverse[None, :], q_ptr.dtype.element_ty, LARGEST)
+    q = tl.minimum(tl.maximum(w * inverse[None, :], -LARGEST), LARGEST).to(q_ptr.dtype.element_ty)
     tl.store(q_ptr + k[:, None] * (q_stride * UNIT) + n[None, :], tl.trans(q), mask=tl.trans(mask))
 
 
@@ -171,4 +159,4 @@ def product_add(
     if not share.suits(a, b, left, right, dtype):
         return None
     y = torch.empty(len(a), len(b), dtype=dtype, device=a.device)
-    return y if share.attempt(y, a, b, left, right, alpha, a_scale, b_scale) else None
+    return y if share.attempt(y, a, a_scale, b, b_scale, left, right, alpha) else None

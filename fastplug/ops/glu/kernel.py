@@ -40,21 +40,6 @@ def _slope(g, factor, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activated(g, u, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
-    """activation(g) · u in fp32, the activation rounded to ``dtype``."""
-    return (g * _factor(g, ACTIVATION)).to(dtype).to(tl.float32) * u
-
-
-@triton.jit
-def gradients(d, g, u, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
-    """The gradients of g and u, and activation(g) · u as :func:`activated` has it, in fp32."""
-    factor = _factor(g, ACTIVATION)
-    slope = _slope(g, factor, ACTIVATION)
-    value = g * factor
-    return d * u * slope, d * value, value.to(dtype).to(tl.float32) * u
-
-
-@triton.jit
 def _tile(M, N, COLUMN_BLOCKS, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     program = tl.program_id(0)
     rows = (program // COLUMN_BLOCKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -81,7 +66,7 @@ def _forward_kernel(
     rows, cols, mask = _tile(M, N, COLUMN_BLOCKS, ROWS, BLOCK_N)
     g = tl.load(gate_ptr + rows * (gate_stride * UNIT) + cols, mask=mask).to(tl.float32)
     u = tl.load(up_ptr + rows * (up_stride * UNIT) + cols, mask=mask).to(tl.float32)
-    out = activated(g, u, gate_ptr.dtype.element_ty, ACTIVATION)
+    out = (g * _factor(g, ACTIVATION)).to(gate_ptr.dtype.element_ty).to(tl.float32) * u
     tl.store(out_ptr + rows * (out_stride * UNIT) + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -115,10 +100,14 @@ def _backward_kernel(
     d = tl.load(dout_ptr + rows * (dout_stride * UNIT) + cols, mask=mask).to(tl.float32)
     g = tl.load(gate_ptr + rows * (gate_stride * UNIT) + cols, mask=mask).to(tl.float32)
     u = tl.load(up_ptr + rows * (up_stride * UNIT) + cols, mask=mask).to(tl.float32)
-    dgate, dup, out = gradients(d, g, u, gate_ptr.dtype.element_ty, ACTIVATION)
-    tl.store(dgate_ptr + rows * (dgate_stride * UNIT) + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + rows * (dup_stride * UNIT) + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    factor = _factor(g, ACTIVATION)
+    slope = _slope(g, factor, ACTIVATION)
+    value = g * factor
+    dgate = (d * u * slope).to(dgate_ptr.dtype.element_ty)
+    tl.store(dgate_ptr + rows * (dgate_stride * UNIT) + cols, dgate, mask=mask)
+    tl.store(dup_ptr + rows * (dup_stride * UNIT) + cols, (d * value).to(dup_ptr.dtype.element_ty), mask=mask)
     if out_ptr is not None:
+        out = value.to(gate_ptr.dtype.element_ty).to(tl.float32) * u
         tl.store(out_ptr + rows * (out_stride * UNIT) + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -201,26 +190,3 @@ def backward(
     if out is not None:
         check_output("out", out, gate.shape)
     glu_backward(unit_stride(dout), unit_stride(gate), unit_stride(up), dgate, dup, out, activation)
-
-
-def forward_quantized(
-    gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`fastplug.ops.glu.reference.forward_quantized`."""
-    from fastplug.ops.glu.quantizing import forward_quantized
-
-    return forward_quantized(gate, up, activation, out)
-
-
-def backward_quantized(
-    dout: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    activation: str,
-    dgate_up: torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`fastplug.ops.glu.reference.backward_quantized`."""
-    from fastplug.ops.glu.quantizing import backward_quantized
-
-    return backward_quantized(dout, gate, up, activation, dgate_up, out)

@@ -7,8 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastplug.ops.fp8 import reference as fp8
-
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
@@ -88,36 +86,6 @@ def backward(
         _product(value.to(gate.dtype).to(wide), u, out)
     _product(slope, d, dgate)
     _product(value, d, dup)
-
-
-def forward_quantized(
-    gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`forward`, and ``out`` in e4m3: (q [M, N], scale [M]) as ``quantize_rows`` of the fp8 op has them."""
-    forward(gate, up, activation, out)
-    return fp8.quantize_rows(out)
-
-
-def backward_quantized(
-    dout: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    activation: str,
-    dgate_up: torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`backward`, and the gradients in e4m3.
-
-    Args:
-        dout, gate, up, activation, out: As in :func:`backward`.
-        dgate_up: [M, 2 N], rows may be strided: dgate and beside it dup. The halves may be ``gate`` and ``up``.
-
-    Returns:
-        (q [M, 2 N], scale [M]) as ``quantize_rows`` of the fp8 op has them for ``dgate_up``.
-    """
-    N = gate.shape[1]
-    backward(dout, gate, up, activation, dgate_up[:, :N], dgate_up[:, N:], out)
-    return fp8.quantize_rows(dgate_up)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:

@@ -36,7 +36,7 @@ def _stream(words_ptr, begin, stride, mask, BITS: tl.constexpr, WIDTH: tl.conste
     if WIDTH % BITS != 0:
         over = mask & (shift + BITS > WIDTH)
         high = tl.load(words_ptr + (word.to(tl.int64) + 1) * stride, mask=over, other=0).to(tl.uint32)
-        code |= high << (WIDTH - shift).to(tl.uint32)
+        code |= high << ((WIDTH - shift) % WIDTH).to(tl.uint32)  # a shift by the whole width means nothing
     return (code & ((1 << BITS) - 1)).to(tl.int32)
 
 

@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 
-from fastplug.ops.lora.fp8_base import Quantized
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.matmul import mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
@@ -81,12 +80,7 @@ class DoraGroup(Group):
         return self._biased(y, 1.0), kept
 
     def products(
-        self,
-        x: torch.Tensor,
-        kept: Kept,
-        out: torch.Tensor | None = None,
-        factor: float = 1.0,
-        quantized: Quantized | None = None,
+        self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
     ) -> torch.Tensor:
         scale = _row(kept, 0)
         z = kept.output if kept.output is not None else self._base(x, kept)[0]
@@ -201,7 +195,7 @@ class DoraGroup(Group):
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool, quantized: Quantized | None = None
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         scale = _row(kept, 0)
         assert kept.b is not None

@@ -68,50 +68,30 @@ class Fp8:
         sizes = any(size % MULTIPLE for p in group.projections for size in p.shape)
         return group.dtype == torch.bfloat16 and not trained and not sizes
 
-    def in_forward(self) -> bool:
-        """Whether y is in FP8 now."""
-        return self.forward or recomputing()
-
-    def output(
-        self, group: Group, x: torch.Tensor, kept: GroupKept, quantized: Quantized | None = None
-    ) -> torch.Tensor | None:
-        """x Wᵀ and the adapters' share of y [tokens, out_features], or None where y is to be exact.
-
-        ``quantized`` is x by row, where it is there already.
-        """
-        if not self.in_forward():
+    def output(self, group: Group, x: torch.Tensor, kept: GroupKept) -> torch.Tensor | None:
+        """x Wᵀ and the adapters' share of y [tokens, out_features], or None where y is to be exact."""
+        if not self.forward and not recomputing():
             return None
         share = None if kept.xa is None or kept.b is None else Share(kept.xa, kept.b)
-        y, added = self._product(group, quantized or self._rows(group, x), False, share)
+        y, added = self._product(group, x, False, share)
         if not added:
             group.add_output_share(y, kept)
         return y
 
-    def input_gradient(
-        self,
-        group: Group,
-        g: torch.Tensor,
-        gb: torch.Tensor | None,
-        kept: GroupKept,
-        quantized: Quantized | None = None,
-    ) -> torch.Tensor:
+    def input_gradient(self, group: Group, g: torch.Tensor, gb: torch.Tensor | None, kept: GroupKept) -> torch.Tensor:
         """g W and the adapters' share of the gradient of x [tokens, in_features]."""
         share = None if gb is None or kept.a is None or group.adapted.dropout else Share(gb, kept.a.t())
-        dx, added = self._product(group, quantized or self._rows(group, g), True, share)
+        dx, added = self._product(group, g, True, share)
         if gb is not None and not added:
             group.add_input_share(dx, gb, kept)
         return dx
 
-    @staticmethod
-    def _rows(group: Group, x: torch.Tensor) -> Quantized:
-        return Quantized(*group.ops.fp8.quantize_rows(x))
-
     def _product(
-        self, group: Group, rows: Quantized, transposed: bool, share: Share | None
+        self, group: Group, x: torch.Tensor, transposed: bool, share: Share | None
     ) -> tuple[torch.Tensor, bool]:
         """The base product, and whether the share has been added to it."""
         fp8 = group.ops.fp8
-        weight = self._weight(group, transposed)
+        rows, weight = Quantized(*fp8.quantize_rows(x)), self._weight(group, transposed)
         y = None if share is None else fp8.product_add(*rows, *weight, *share, group.dtype)
         return (fp8.product(*rows, *weight, group.dtype), False) if y is None else (y, True)
 

@@ -106,19 +106,18 @@ class GatedMLPFunction(torch.autograd.Function):
         normed, h, rstd = normalized(spec, rows, norm_weight, residual_rows)
         gate_up, kept = spec.gate_up.forward(normed)
         del normed
-        hidden, quantized = activated(spec, gate_up)
+        hidden = activated(spec, gate_up)
         down_kept = spec.down.adapters(hidden)
         saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.tensors(), *down_kept.tensors())
         del gate_up
         ctx.count = len(kept.tensors())
         ctx.save_for_backward(*saved)
         if not spec.joined and spec.norm is not None:
-            out = spec.down.products(hidden, down_kept, quantized=quantized)
-            return torch.ops.aten._unsafe_view(out, x.shape), h.view(x.shape)
+            return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)
         if tensors_left() == sum(tensor is not None for tensor in saved):
             return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         start = h.clone() if spec.norm is not None and h.dtype == dtype else None
-        out = spec.down.products(hidden, down_kept, start, spec.factor, quantized)
+        out = spec.down.products(hidden, down_kept, out=start, factor=spec.factor)
         if spec.norm is not None and start is None:
             out = h + out
         return torch.ops.aten._unsafe_view(out, x.shape)  # no view: FSDP2 warns of modules that return one

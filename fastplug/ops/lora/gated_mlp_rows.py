@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastplug.ops.lora.fp8_base import Quantized
 from fastplug.ops.lora.group import Grads, Kept
-from fastplug.ops.recompute import recomputing
 
 if TYPE_CHECKING:
     from fastplug.ops.lora.gated_mlp import GatedMLP
-
-QUANTIZE = False  # whether the activation's pass puts out FP8 too where a product is to read that
 
 
 def normalized(
@@ -28,15 +24,12 @@ def normalized(
     return normed, h, rstd
 
 
-def activated(spec: GatedMLP, gate_up: torch.Tensor) -> tuple[torch.Tensor, Quantized | None]:
-    """act(gate) · up [rows, width], and the same in FP8 where down's product is about to read that."""
+def activated(spec: GatedMLP, gate_up: torch.Tensor) -> torch.Tensor:
+    """act(gate) · up [rows, width]."""
     gate, up = gate_up.split(spec.widths, dim=-1)
     hidden = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    glu, fp8 = spec.down.ops.glu, spec.down.fp8
-    if QUANTIZE and fp8 is not None and fp8.forward and not recomputing():  # which may have no use for the product
-        return hidden, Quantized(*glu.forward_quantized(gate, up, spec.activation, hidden))
-    glu.forward(gate, up, spec.activation, hidden)
-    return hidden, None
+    spec.down.ops.glu.forward(gate, up, spec.activation, hidden)
+    return hidden
 
 
 def backward(
@@ -83,22 +76,14 @@ def backward(
     d_hidden = hidden
     if needs_hidden and compiling:
         hidden = torch.empty_like(d_hidden)
-    needs_normed = needs[1] or needs[2] or needs[3]
-    wanted = hidden if needs_hidden else None
-    quantized = None
-    if QUANTIZE and needs_normed and spec.gate_up.fp8 is not None:
-        quantized = Quantized(*ops.glu.backward_quantized(d_hidden, gate, up, spec.activation, d_gate_up, wanted))
-    else:
-        ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, wanted)
-    del wanted
+    ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden if needs_hidden else None)
     del d_hidden, gate_up, gate, up
     if needs_hidden and late:
         down_kept = spec.down.adapters(hidden)
     down_grads = spec.down.parameter_gradients(g, gb, hidden if needs_hidden else None, down_kept, needs[inner:])
     del hidden
 
-    d_normed, gb = spec.gate_up.input_gradient(d_gate_up, gate_up_kept, needs_normed, quantized)
-    del quantized
+    d_normed, gb = spec.gate_up.input_gradient(d_gate_up, gate_up_kept, needs[1] or needs[2] or needs[3])
     normed = None
     if any(needs[4:inner]):
         normed = h.to(dtype)

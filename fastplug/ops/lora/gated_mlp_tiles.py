@@ -37,15 +37,15 @@ def forward_in_tiles(
         normed = normalized(spec, h[rows], weight)[0]
         gate_up, kept = spec.gate_up.forward(normed)
         del normed
-        hidden, quantized = activated(spec, gate_up)
+        hidden = activated(spec, gate_up)
         del gate_up
         down_kept = spec.down.adapters(hidden)
         if joined and h.dtype == dtype:
-            spec.down.products(hidden, down_kept, out[rows], spec.factor, quantized)
+            spec.down.products(hidden, down_kept, out=out[rows], factor=spec.factor)
         elif joined:
-            out[rows] += spec.down.products(hidden, down_kept, None, spec.factor, quantized)
+            out[rows] += spec.down.products(hidden, down_kept, factor=spec.factor)
         else:
-            out[rows] = spec.down.products(hidden, down_kept, None, spec.factor, quantized)
+            out[rows] = spec.down.products(hidden, down_kept, factor=spec.factor)
         if spec.drops:
             ctx.count = len(kept.tensors())
             ctx.per_tile = ctx.count + len(down_kept.tensors())

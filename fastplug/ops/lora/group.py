@@ -1,7 +1,7 @@
 """The products of several projections that read one tensor: forward and backward, on plain tensors.
 
-y = x Wᵀ + s · (x Aᵀ) Bᵀ for each projection. One kernel computes both where there is one; else the base product
-accumulates onto the adapters'. Either way adding them costs no pass over y of its own. Likewise dx = g W + s · (g B) A.
+y = x Wᵀ + s · (x Aᵀ) Bᵀ for each projection. The base product accumulates onto the adapters', so that adding them costs
+no pass over y of its own; likewise in dx = g W + s · (g B) A.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from fastplug.ops.lora.adapters import Adapters
-from fastplug.ops.lora.fp8_base import Fp8, Quantized
+from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.matmul import mm
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
-
-Weights = list[tuple[torch.Tensor, slice]]  # dense weights and their rows of y
 
 
 class Group:
@@ -58,38 +56,20 @@ class Group:
         return kept
 
     def products(
-        self,
-        x: torch.Tensor,
-        kept: Kept,
-        out: torch.Tensor | None = None,
-        factor: float = 1.0,
-        quantized: Quantized | None = None,
+        self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
     ) -> torch.Tensor:
-        """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given.
-
-        ``quantized`` is x in FP8, as in :meth:`input_gradient`.
-        """
-        base = None if self.fp8 is None else self.fp8.output(self, x, kept, quantized)
+        """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
+        base = None if self.fp8 is None else self.fp8.output(self, x, kept)
         if base is not None:
             out = base if out is None and factor == 1.0 else self._added(out, base, factor)
             return self._biased(out, factor)
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        weights = self._weights()
-        if not start and factor == 1.0 and self._in_one(out, x, weights, kept):
-            return self._biased(out, factor)
         start = self.adapted.add(out, kept, start, factor)
-        for weight, rows in weights:
+        for weight, rows in self._weights():
             out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         return self._biased(out, factor)
-
-    def _in_one(self, out: torch.Tensor, x: torch.Tensor, weights: Weights, kept: Kept) -> bool:
-        """Write y with the adapters' share into ``out``, one kernel for each weight; whether there is such a kernel."""
-        add, xa, b = self.ops.low_rank.product_add, kept.xa, kept.b
-        if xa is None or b is None:
-            return False
-        return all(add(out[:, rows], x, weight, xa, b[rows]) for weight, rows in weights)
 
     def add_output_share(self, y: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``y`` in place."""
@@ -113,40 +93,22 @@ class Group:
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool, quantized: Quantized | None = None
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features].
-
-        ``quantized`` is g in FP8, by row, where there is that already; it is for a group with ``fp8`` only.
-        """
+        """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features]."""
         gb = self.adapted.scaled_gb(g, kept)
         if not needs_dx:
             return None, gb
         if self.fp8 is not None:
-            return self.fp8.input_gradient(self, g, gb, kept, quantized), gb
-        weights = self._weights()
-        dx = self._first_in_one(g, weights, gb, kept)
-        if dx is not None:
-            weights = weights[1:]
-        elif gb is not None:
-            dx = self.adapted.dx(gb, kept)
+            return self.fp8.input_gradient(self, g, gb, kept), gb
+        dx = None if gb is None else self.adapted.dx(gb, kept)
         start = dx is not None
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
-        for weight, rows in weights:
+        for weight, rows in self._weights():
             dx.addmm_(g[:, rows], weight, beta=1 if start else 0)
             start = True
         return dx, gb
-
-    def _first_in_one(
-        self, g: torch.Tensor, weights: Weights, gb: torch.Tensor | None, kept: Kept
-    ) -> torch.Tensor | None:
-        """The first weight's part of dx with the adapters' share, if there is a kernel for both."""
-        if gb is None or kept.a is None or self.adapted.dropout:
-            return None
-        weight, rows = weights[0]
-        dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
-        return dx if self.ops.low_rank.product_add(dx, g[:, rows], weight.t(), gb, kept.a.t()) else None
 
     def add_input_share(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``dx`` in place."""
@@ -195,7 +157,7 @@ class Group:
         stored = [p.read().tensors[0] for p in self.projections]
         return [(tensor.data_ptr(), tensor._version) for tensor in stored]
 
-    def _weights(self) -> Weights:
+    def _weights(self) -> list[tuple[torch.Tensor, slice]]:
         """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
         encoded = [p.read() for p in self.projections]
         if any(not weight.stored_densely for weight in encoded) and encoded[0].tensors[0].device.type != "cpu":

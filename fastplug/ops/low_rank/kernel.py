@@ -11,7 +11,6 @@ import triton.language as tl
 
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit
 from fastplug.ops.library import custom_op
-from fastplug.ops.low_rank import product
 
 LARGEST_RANK = 128  # of which tiles of x and b fit into the shared memory of all GPUs
 ROWS, COLUMNS, WARPS = 64, 128, 8
@@ -84,12 +83,3 @@ def add(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -
         return
     check_output("y", y, (x.shape[0], b.shape[0]))
     low_rank_add(y, x, b, alpha)
-
-
-def product_add(
-    y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0
-) -> bool:
-    """See :func:`fastplug.ops.low_rank.reference.product_add`."""
-    if not product.suits(x, w, left, right, y):
-        return False
-    return product.attempt(y, x, w, left, right, alpha, None, None)

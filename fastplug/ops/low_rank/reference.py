@@ -15,19 +15,3 @@ def add(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -
         alpha: A factor.
     """
     y.addmm_(x, b.t(), alpha=alpha)
-
-
-def product_add(
-    y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0
-) -> bool:
-    """Write y = x wᵀ + alpha · left rightᵀ, rounded once, where one kernel does both; whether it did.
-
-    Args:
-        y: [M, N], rows may be strided.
-        x: [M, K] in y's dtype.
-        w: [N, K] likewise.
-        left: [M, R] likewise.
-        right: [N, R] likewise.
-        alpha: A factor, not 0.
-    """
-    return False

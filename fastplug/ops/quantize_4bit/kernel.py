@@ -118,7 +118,8 @@ def _scales_kernel(
         below = tl.where((next_up <= 255) & (x > value), next_up, below)
     above = tl.minimum(below + 1, 255)
     middle = (tl.load(table_ptr + below) + tl.load(table_ptr + above)) * 0.5
-    tl.store(code_ptr + index, tl.where(x > middle, above, below).to(tl.uint8), mask=mask)
+    up = (x > middle) | ((x == middle) & (above % 2 == 0))  # halfway lies the code where bitsandbytes' search ends
+    tl.store(code_ptr + index, tl.where(up, above, below).to(tl.uint8), mask=mask)
 
 
 def _approximate(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A product with an adapter's share for Hopper GPUs, in Gluon, Triton's lower level: see ``product.py``.
+"""The FP8 product with an adapter's share for Hopper GPUs, in Gluon, Triton's lower level: see ``share.py``.
 
 Programs are persistent: one for each multiprocessor, tiles in an order in which the programs that run together share
 rows of a and b in the L2 cache. Of a program's warps one fetches, eight multiply and write. The fetching warp runs
@@ -23,10 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastplug.ops.fp8.share import BLOCK_M, BLOCK_N
 from fastplug.ops.launch import on_device
-from fastplug.ops.low_rank.product import BLOCK_M, BLOCK_N
 
-BLOCK_BYTES = 128  # of a row of a or b that are in work at once
+BLOCK_K = 128
 PARTS = 4  # in which a tile is written
 WARPS, FETCH_REGISTERS, REGISTERS = 8, 24, 168  # (8 + 4) warps x 32 threads x 168 registers are all there are
 
@@ -64,8 +64,6 @@ def _fetch(
     barriers,
     sizes,
     R: gl.constexpr,
-    SCALED: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
     RIGHT_TRANSPOSED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -78,19 +76,15 @@ def _fetch(
     a_buffers, b_buffers = buffers
     ready, empty = barriers
     M, N, K, tiles, programs = sizes
-    bytes: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K * (1 if SCALED else 2)
     step = 0
     for tile in range(gl.program_id(0), tiles, programs):
         row, column = _corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         for k in range(0, K, BLOCK_K):
             index = step % STAGES
             mbarrier.wait(empty.index(index), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(index), bytes)
+            mbarrier.expect(ready.index(index), (BLOCK_M + BLOCK_N) * BLOCK_K)
             async_load(a, [row, k], ready.index(index), a_buffers.index(index))
-            if TRANSPOSED:
-                async_load(b, [k, column], ready.index(index), b_buffers.index(index))
-            else:
-                async_load(b, [column, k], ready.index(index), b_buffers.index(index))
+            async_load(b, [column, k], ready.index(index), b_buffers.index(index))
             step += 1
         for r in gl.static_range(0, R, BLOCK_R):
             index = step % STAGES
@@ -131,8 +125,6 @@ def _multiply(
     alpha,
     sizes,
     R: gl.constexpr,
-    SCALED: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
     RIGHT_TRANSPOSED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -146,53 +138,45 @@ def _multiply(
     ready, empty = barriers
     a_scale_ptr, b_scale_ptr = scales
     M, N, K, tiles, programs = sizes
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 32 if SCALED else 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 32])
     share_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     step = 0
     for tile in range(gl.program_id(0), tiles, programs):
         row, column = _corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
-        if SCALED:
-            rows, columns = row + gl.arange(0, BLOCK_M, flat), column + gl.arange(0, BLOCK_N, flat)
-            a_scale = gl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)
-            b_scale = gl.load(b_scale_ptr + columns, mask=columns < N, other=0.0)
+        rows, columns = row + gl.arange(0, BLOCK_M, flat), column + gl.arange(0, BLOCK_N, flat)
+        a_scale = gl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)
+        b_scale = gl.load(b_scale_ptr + columns, mask=columns < N, other=0.0)
         total = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout)
         for k in range(0, K, BLOCK_K):
             index = step % STAGES
             mbarrier.wait(ready.index(index), step // STAGES & 1)
-            w = b_buffers.index(index)
-            if not TRANSPOSED:
-                w = w.permute((1, 0))
-            total = warpgroup_mma(a_buffers.index(index), w, total, is_async=True)
+            x, w = a_buffers.index(index), b_buffers.index(index).permute((1, 0))
+            total = warpgroup_mma(x, w, total, is_async=True)
             total = warpgroup_mma_wait(1, (total,))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
         total = warpgroup_mma_wait(0, (total,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-        if SCALED:
-            if R > 0:  # the products of both kinds have one accumulator, so alpha comes last
-                a_scale = a_scale / alpha
-            a_scale = gl.convert_layout(a_scale, gl.SliceLayout(1, layout))
-            b_scale = gl.convert_layout(b_scale, gl.SliceLayout(0, layout))
-            total = total * gl.expand_dims(a_scale, 1) * gl.expand_dims(b_scale, 0)
-        elif R > 0:
-            total = total / alpha
-        if R > 0:
-            total = gl.convert_layout(total, share_layout)
-            for _block in gl.static_range(0, R, BLOCK_R):
-                index = step % STAGES
-                mbarrier.wait(ready.index(index), step // STAGES & 1)
-                x = _as(a_buffers.index(index), left, [BLOCK_M, BLOCK_R])
-                if RIGHT_TRANSPOSED:
-                    w = _as(b_buffers.index(index), right, [BLOCK_R, BLOCK_N])
-                else:
-                    w = _as(b_buffers.index(index), right, [BLOCK_N, BLOCK_R])
-                    w = w.permute((1, 0))
-                total = warpgroup_mma(x, w, total, is_async=True)
-                total = warpgroup_mma_wait(0, (total,))
-                mbarrier.arrive(empty.index(index))
-                step += 1
-            total = total * alpha
+        a_scale = a_scale / alpha  # the products of both kinds have one accumulator, so alpha comes last
+        a_scale = gl.convert_layout(a_scale, gl.SliceLayout(1, layout))
+        b_scale = gl.convert_layout(b_scale, gl.SliceLayout(0, layout))
+        total = total * gl.expand_dims(a_scale, 1) * gl.expand_dims(b_scale, 0)
+        total = gl.convert_layout(total, share_layout)
+        for _block in gl.static_range(0, R, BLOCK_R):
+            index = step % STAGES
+            mbarrier.wait(ready.index(index), step // STAGES & 1)
+            x = _as(a_buffers.index(index), left, [BLOCK_M, BLOCK_R])
+            if RIGHT_TRANSPOSED:
+                w = _as(b_buffers.index(index), right, [BLOCK_R, BLOCK_N])
+            else:
+                w = _as(b_buffers.index(index), right, [BLOCK_N, BLOCK_R])
+                w = w.permute((1, 0))
+            total = warpgroup_mma(x, w, total, is_async=True)
+            total = warpgroup_mma_wait(0, (total,))
+            mbarrier.arrive(empty.index(index))
+            step += 1
+        total = total * alpha
         first, second = _halves(total)
         part0, part1 = _halves(first)
         part2, part3 = _halves(second)
@@ -205,8 +189,8 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "tiles", "programs"])
 def _product_kernel(
-    a,  # descriptors: [M, K] in blocks of [BLOCK_M, BLOCK_K]; e4m3 if SCALED, else as y
-    b,  # [N, K], [BLOCK_N, BLOCK_K], or TRANSPOSED [K, N], [BLOCK_K, BLOCK_N]
+    a,  # descriptors: [M, K] e4m3 in blocks of [BLOCK_M, BLOCK_K]
+    b,  # [N, K] e4m3, [BLOCK_N, BLOCK_K]
     y,  # [M, N], [BLOCK_M, BLOCK_N / 4]
     left,  # [M, R], [BLOCK_M, BLOCK_R]
     right,  # [N, R], [BLOCK_N, BLOCK_R], or [R, N], [BLOCK_R, BLOCK_N]
@@ -219,8 +203,6 @@ def _product_kernel(
     tiles,
     programs,
     R: gl.constexpr,
-    SCALED: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
     RIGHT_TRANSPOSED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -231,8 +213,7 @@ def _product_kernel(
     FETCH_REGISTERS: gl.constexpr,
 ):
     a_buffers = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, BLOCK_K], a.layout)
-    b_shape: gl.constexpr = [STAGES, BLOCK_K, BLOCK_N] if TRANSPOSED else [STAGES, BLOCK_N, BLOCK_K]
-    b_buffers = gl.allocate_shared_memory(b.dtype, b_shape, b.layout)
+    b_buffers = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, BLOCK_K], b.layout)
     staging = gl.allocate_shared_memory(y.dtype, [2, BLOCK_M, BLOCK_N // 4], y.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -246,15 +227,15 @@ def _product_kernel(
             (
                 _multiply,
                 (
-                    descriptors, buffers, barriers, staging, y, (a_scale_ptr, b_scale_ptr), alpha, sizes, R, SCALED,
-                    TRANSPOSED, RIGHT_TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GROUP,
+                    descriptors, buffers, barriers, staging, y, (a_scale_ptr, b_scale_ptr), alpha, sizes, R,
+                    RIGHT_TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GROUP,
                 ),
             ),
             (
                 _fetch,
                 (
-                    descriptors, buffers, barriers, sizes, R, SCALED, TRANSPOSED, RIGHT_TRANSPOSED, BLOCK_M, BLOCK_N,
-                    BLOCK_K, BLOCK_R, STAGES, GROUP,
+                    descriptors, buffers, barriers, sizes, R, RIGHT_TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                    STAGES, GROUP,
                 ),
             ),
         ],
@@ -266,34 +247,28 @@ def _product_kernel(
 def launch(
     y: torch.Tensor,
     a: torch.Tensor,
-    a_scale: torch.Tensor | None,
+    a_scale: torch.Tensor,
     b: torch.Tensor,
-    b_scale: torch.Tensor | None,
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
+    b_scale: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
     alpha: float,
     programs: int,
     stages: int = 4,
     group: int = 8,
 ) -> Any:
-    """Write y [M, N]; see :func:`fastplug.ops.low_rank.product.product_with_share`."""
-    (M, K), N, scaled, turned = a.shape, y.shape[1], a_scale is not None, b.stride(1) != 1
-    block_k = BLOCK_BYTES // a.itemsize
-    b_rows = _rows(b.t(), block_k, BLOCK_N) if turned else _rows(b, BLOCK_N, block_k)
-    rank, block_r, right_turned = 0, 16, False
-    left_rows = right_rows = y_rows = _rows(y, BLOCK_M, BLOCK_N // PARTS)
-    if left is not None and right is not None:
-        rank, right_turned = left.shape[1], right.stride(1) != 1
-        block_r = 64 if WHOLE or rank > 32 else 32 if rank > 16 else 16
-        left_rows = _rows(left, BLOCK_M, block_r)
-        right_rows = _rows(right.t(), block_r, BLOCK_N) if right_turned else _rows(right, BLOCK_N, block_r)
+    """Write y [M, N]; see :func:`fastplug.ops.fp8.share.fp8_product_add`."""
+    (M, K), N, rank, transposed = a.shape, len(b), left.shape[1], right.stride(1) != 1
+    block_r = 64 if WHOLE or rank > 32 else 32 if rank > 16 else 16
+    right_rows = _rows(right.t(), block_r, BLOCK_N) if transposed else _rows(right, BLOCK_N, block_r)
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     programs = min(tiles, programs)
     with on_device(a):
         return _product_kernel[(programs,)](
-            _rows(a, BLOCK_M, block_k), b_rows, y_rows, left_rows, right_rows, a_scale, b_scale, M, N, K, alpha, tiles,
-            programs, rank, scaled, turned, right_turned, BLOCK_M, BLOCK_N, block_k, block_r, stages, group,
-            FETCH_REGISTERS, num_warps=WARPS, maxnreg=REGISTERS, enable_fp_fusion=True,
+            _rows(a, BLOCK_M, BLOCK_K), _rows(b, BLOCK_N, BLOCK_K), _rows(y, BLOCK_M, BLOCK_N // PARTS),
+            _rows(left, BLOCK_M, block_r), right_rows, a_scale, b_scale, M, N, K, alpha, tiles, programs, rank,
+            transposed, BLOCK_M, BLOCK_N, BLOCK_K, block_r, stages, group, FETCH_REGISTERS, num_warps=WARPS,
+            maxnreg=REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
