@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +74,20 @@ class Plan:
         """How many layers have each policy, in the order of :class:`Policy`; those that none has are left out."""
         return {policy: self.policies.count(policy) for policy in Policy if policy in self.policies}
 
-    def runs(self) -> Iterator[tuple[int, int, Policy]]:
-        """(first layer, last layer, policy) of each run of equal policies."""
-        start = 0
-        for policy, group in groupby(self.policies):
-            length = len(list(group))
-            yield start, start + length - 1, policy
-            start += length
+    def places(self) -> list[tuple[str, Policy]]:
+        """("layers 0 to 9", policy) of the layers that have each policy, in the order of their first layers.
+
+        Layers at equal distances are "every 3rd of layers 0 to 27". Of policies whose layers lie in no such way, the
+        one that most layers have is that of "the others".
+        """
+        layers = {p: [i for i, other in enumerate(self.policies) if other is p] for p in dict.fromkeys(self.policies)}
+        named = {policy: _regular(indices) for policy, indices in layers.items()}
+        scattered = [policy for policy, name in named.items() if name is None]
+        others = max(scattered, key=lambda policy: len(layers[policy]), default=None)
+        return [
+            (name or ("the others" if policy is others else f"layers {_listed(layers[policy])}"), policy)
+            for policy, name in named.items()
+        ]
 
     def to_json(self) -> str:
         """The plan as JSON text, which :meth:`from_json` reads."""
@@ -147,3 +154,27 @@ class Plan:
         what = ", ".join(f"{count} {policy.value}" for policy, count in self.counts().items())
         need = f"{self.total / 2**30:.2f} GiB of {self.budget / 2**30:.2f}"
         return f"{self.batch} x {self.sequence}: {need}, {self.ms:.0f} ms ({what})"
+
+
+def _regular(layers: Sequence[int]) -> str | None:
+    """What to call layers at equal distances, or None."""
+    first, last = layers[0], layers[-1]
+    steps = {after - before for before, after in itertools.pairwise(layers)}
+    if not steps:
+        return f"layer {first}"
+    if len(steps) > 1:
+        return None
+    (step,) = steps
+    ordinal = str(step) + {2: "nd", 3: "rd"}.get(step, "th")
+    return f"layers {first} to {last}" if step == 1 else f"every {ordinal} of layers {first} to {last}"
+
+
+def _listed(layers: Sequence[int]) -> str:
+    """As in "1, 3 to 5, 9"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -55,8 +55,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("host memory", _gib(plan.host_bytes))
     table.add_row("time of a step", f"{plan.ms:,.0f} ms")
     table.add_section()
-    for first, last, policy in plan.runs():
-        table.add_row(f"layers {first} to {last}" if last > first else f"layer {first}", policy.value)
+    for where, policy in plan.places():
+        table.add_row(where, policy.value)
     if plan.tile_rows is not None and any(policy.value != "keep" for policy in plan.policies):
         table.add_row("tokens in an MLP at once", f"{plan.tile_rows:,}")
     return table
@@ -78,12 +78,8 @@ def forecast_tables(forecast: Forecast) -> Group:
         table.add_row(policy.value, *_cells(uniform, used), style=None if uniform.fits else "dim")
     table.add_section()
     table.add_row("the plan", *_cells(plan, used), style="bold")
-    runs = "; ".join(
-        f"{f'layers {first} to {last}' if last > first else f'layer {first}'}: {policy.value}"
-        for first, last, policy in plan.runs()
-    )
     lines = [
-        f"the plan        {runs}",
+        "the plan        " + "; ".join(f"{where}: {policy.value}" for where, policy in plan.places()),
         f"highest in      {plan.moment}",
         "optimizer       its states, and the gradients that are there",
         "logits          what head and loss take at their own moment: in the total where that is the highest",

@@ -343,9 +343,23 @@ def test_a_plan_survives_json(llama: ModelShape) -> None:
     plan = best_plan(llama, 4, 2048, 12 * GiB)
     assert Plan.from_json(plan.to_json()) == plan
     assert sum(count for count in plan.counts().values()) == 32
-    runs = list(plan.runs())
-    assert runs[0][0] == 0
-    assert runs[-1][1] == 31
+
+
+@pytest.mark.parametrize(
+    ("policies", "expected"),
+    [
+        ("kkkk", ["layers 0 to 3: keep"]),
+        ("rrkk", ["layers 0 to 1: residual", "layers 2 to 3: keep"]),
+        ("krkrk", ["every 2nd of layers 0 to 4: keep", "every 2nd of layers 1 to 3: residual"]),
+        ("rkkrkkrkkk", ["every 3rd of layers 0 to 6: residual", "the others: keep"]),
+        ("rkddkrrkkkk", ["layers 0, 5 to 6: residual", "the others: keep", "layers 2 to 3: drop_gate_up"]),
+        ("dk", ["layer 0: drop_gate_up", "layer 1: keep"]),
+    ],
+)
+def test_layers_are_named_in_few_words(policies: str, expected: list[str]) -> None:
+    known = {"k": Policy.KEEP, "r": Policy.RESIDUAL, "d": Policy.DROP_GATE_UP}
+    plan = Plan(tuple(known[letter] for letter in policies), 1, 8, 1, {}, 1.0)
+    assert [f"{where}: {policy.value}" for where, policy in plan.places()] == expected
 
 
 @pytest.mark.parametrize(
