@@ -30,7 +30,7 @@ def _reciprocal(x, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def _nf4(x):
-    """The code next to x: a search in the midpoints of neighbouring values. Not a number becomes 0."""
+    """The code next to x: a search in the midpoints of neighbouring values, in fp32. Not a number becomes 0."""
     high = x > 0.03979014977812767
     upper = tl.where(high, x > 0.3893125355243683, x > -0.33967943489551544)
     code = high.to(tl.int32) * 8 + upper.to(tl.int32) * 4
@@ -43,13 +43,13 @@ def _nf4(x):
     code += second.to(tl.int32) * 2
     top = tl.where(
         upper,
-        tl.where(second, 0.8614784181118011, 0.5016634166240692),
-        tl.where(second, 0.2920137718319893, 0.1202552504837513),
+        tl.where(second, 0.8614783883094788, 0.5016633868217468),
+        tl.where(second, 0.2920137718319893, 0.1202552542090416),
     )
     bottom = tl.where(
         upper,
         tl.where(second, -0.045525018125772476, -0.23460740596055984),
-        tl.where(second, -0.4599952697753906, -0.8480964004993439),
+        tl.where(second, -0.4599952697753906, -0.8480964303016663),
     )
     return code + (x > tl.where(high, top, bottom)).to(tl.int32)
 
@@ -65,7 +65,7 @@ def _fp4(x):
     code = tl.where(size > 0.4166667, 5, code)
     code = tl.where(size > 0.583333, 2, code)
     code = tl.where(size > 0.8333333, 3, code)
-    return code + tl.where(x < 0, 8, 0)
+    return code + tl.where(x < -1.1754943508222875e-38, 8, 0)  # what is smaller is flushed to 0 there
 
 
 @triton.jit
