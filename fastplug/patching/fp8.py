@@ -40,10 +40,16 @@ def prepare(model: nn.Module, device: torch.device, runtime: Runtime) -> str | N
         for name, linear in linears.items()
         if linear not in runtime.exact and any(size % MULTIPLE for size in _shape(linear, runtime))
     ]
+    magnified = {id(layer.base_layer) for layer in model.modules() if len(getattr(layer, "lora_magnitude_vector", ()))}
+    dora = [name for name, linear in linears.items() if id(linear) in magnified and linear not in runtime.exact]
+    odd = [name for name in odd if name not in dora]
     what = "gradients of activations, and recomputed outputs," if options.compute == "fp8_backward" else "products"
-    note = f"{what} of {len(linears) - len(exact) - len(odd)} frozen linear modules are computed in FP8 (e4m3)"
+    count = len(linears) - len(exact) - len(odd) - len(dora)
+    note = f"{what} of {count} frozen linear modules are computed in FP8 (e4m3)"
     if exact:
         note += f"; {len(exact)} stay exact as told"
+    if dora:
+        note += f"; {len(dora)} stay exact because they have DoRA, whose norms follow from the exact product"
     if odd:
         note += f"; {len(odd)} stay exact because their sizes are no multiples of {MULTIPLE} (the first is {odd[0]})"
     return note

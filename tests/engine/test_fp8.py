@@ -217,3 +217,13 @@ def test_an_op_that_adds_the_adapters_share_does(model, batch, device, monkeypat
     assert len(added) == 15  # four groups a layer in two directions, but no gradient of the embedding
     assert abs(float(ours.loss - apart.loss)) < 0.005 * float(apart.loss)
     assert cosines(ours.gradients, apart.gradients).min() > 0.98
+
+
+def test_dora_stays_exact_and_the_report_says_so(batch):
+    model = models.lora(models.plain().bfloat16(), use_dora=True).bfloat16()
+    exact = step(patched(model), batch)
+    twin = patched(model, compute="fp8")
+    assert any("14 stay exact because they have DoRA" in note for note in fastplug.report(twin).notes)
+    ours = step(twin, batch)
+    assert torch.equal(ours.logits, exact.logits)
+    assert all(torch.equal(ours.gradients[name], exact.gradients[name]) for name in exact.gradients)

@@ -211,13 +211,13 @@ def test_generation_is_not_slower(sequences: int) -> None:
     def seconds(model: Any) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
     seconds(model), seconds(patched)
-    pairs = [(seconds(model), seconds(patched)) for _ in range(9)]  # in turns: the host's speed drifts
-    plain, ours = (min(times) for times in zip(*pairs))
+    pairs = [(seconds(model), seconds(patched)) for _ in range(32)]  # in turns: the host's speed drifts
+    plain, ours = (sum(sorted(times)[:8]) for times in zip(*pairs))  # Python's time, when nothing disturbs it
     assert ours <= plain / 0.97, pairs
 
 
