@@ -10,10 +10,11 @@ from fastplug.memory.bytes import Step, fixed_bytes, head_peak, peaks, step_byte
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.gpus import GPU, GPUS
 from fastplug.memory.meter import CONTEXT
+from fastplug.memory.moments import assemble
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import LayerShape, ModelShape
-from fastplug.memory.solve import DoesNotFit, assemble, least_budget, solve
+from fastplug.memory.solve import DoesNotFit, least_budget, solve
 from fastplug.memory.times import layer_ms, other_ms
 
 SLACK = 0.05

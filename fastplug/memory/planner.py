@@ -20,11 +20,12 @@ from fastplug.memory.calibration import Agreed, Observation
 from fastplug.memory.costs import LayerCosts
 from fastplug.memory.estimate import in_comparison
 from fastplug.memory.meter import Meter, meter_for
+from fastplug.memory.moments import assemble
 from fastplug.memory.oom import Room
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
-from fastplug.memory.solve import DoesNotFit, assemble, solve
+from fastplug.memory.solve import DoesNotFit, solve
 from fastplug.memory.stock import Stock, budget_of, of_all
 from fastplug.options import Options
 from fastplug.patching.report import Report

@@ -1,52 +1,27 @@
 """The fastest choice of policies that fits a budget.
 
-When the backward begins, every layer holds what its policy keeps; layer by layer this is freed again, the last one
-first. So with ``before(i)`` the sum of ``saved`` over the layers before layer i, the step's peak is the highest of
-
-* ``before(i) + forward_peak(i)`` and ``before(i) + backward_peak(i)`` of every layer i,
-* ``before(L) + head_peak``, while head and loss run,
-* everything with all gradients, while the optimizer runs.
-
-A layer that recomputes everything has, in its own backward, as much in memory as one that kept everything. So keeping
-all of the *last* layer costs nothing at the peak, and of equal layers the later ones keep more: what they hold lives
-for the shortest time.
-
-This is a multiple-choice knapsack with a constraint at every prefix. It is solved exactly by dynamic programming over
-the pairs (bytes held, picoseconds) that no other pair beats in both (Nemhauser & Ullmann 1969).
+What a choice needs is said in ``moments.py``, which policies may be chosen together in ``choices.py``. The choice is a
+multiple-choice knapsack with a constraint at every prefix. It is solved exactly by dynamic programming over the pairs
+(bytes held, picoseconds) that no other pair beats in both (Nemhauser & Ullmann 1969).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
 from fastplug.errors import OptionError
-from fastplug.memory.costs import LayerCosts, PolicyCost
+from fastplug.memory.choices import choices
+from fastplug.memory.costs import LayerCosts
+from fastplug.memory.moments import assemble, gradients_after
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 
 STATES = 16384
 """Undominated pairs that are followed. 32 equal layers have about 2,000; where there are more, neighbours are merged,
 which may cost up to a 16384th of the budget per layer but never exceeds it."""
-
-
-SPREAD = Policy.OFFLOAD_KEEP
-COPYING = 0.9
-"""Share of the computation's time that copies beside it may take."""
-
-
-class Peak(NamedTuple):
-    """The highest bytes of a step above what is always there, and of these what layers hold and what gradients take."""
-
-    bytes: int
-    held: int
-    gradients: int
-    moment: str
 
 
 class DoesNotFit(OptionError):
@@ -100,7 +75,7 @@ def solve(
     always = sum(fixed.values())
     room = int((budget - context) / (1 + slack)) - always
     best: tuple[int, int, tuple[Policy, ...]] | None = None
-    for choice, shared in _choices(layers, host_budget):
+    for choice, shared in choices(layers, host_budget):
         found = _search(choice, room - shared, head_peak, accumulating)
         if found is not None:
             found = (found[0], found[1] + shared, found[2])
@@ -131,146 +106,12 @@ def solve(
     )
 
 
-def assemble(
-    layers: Sequence[LayerCosts],
-    policies: Sequence[Policy],
-    fixed_bytes: int | Mapping[str, int],
-    budget: int,
-    *,
-    head_peak: int = 0,
-    accumulating: bool = True,
-    context: int = 0,
-    slack: float = 0.0,
-    other_ms: float = 0.0,
-    batch: int = 0,
-    sequence: int = 0,
-) -> Plan:
-    """What a given choice of policies needs, whether or not it fits. The arguments are those of :func:`solve`."""
-    fixed = {"fixed": fixed_bytes} if isinstance(fixed_bytes, int) else dict(fixed_bytes)
-    peak = peak_of(layers, policies, head_peak=head_peak, accumulating=accumulating)
-    workspace = peak.bytes - peak.gradients - peak.held
-    parts = {**fixed, "gradients": peak.gradients, "activations": peak.held, "workspace": workspace}
-    parts["slack"] = int(sum(parts.values()) * slack)
-    parts["context"] = context
-    chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
-    return Plan(
-        policies=tuple(policies),
-        batch=batch,
-        sequence=sequence,
-        budget=budget,
-        parts=parts,
-        ms=other_ms + sum(cost.ms for cost in chosen) + _waiting(chosen, policies),
-        host_bytes=sum(cost.host for cost in chosen),
-        moment=peak.moment,
-        logits=head_peak,
-    )
-
-
-OPTIMIZER = "the optimizer's step"
-HEAD = "head and loss"
-
-
-def peak_of(
-    layers: Sequence[LayerCosts], policies: Sequence[Policy], *, head_peak: int = 0, accumulating: bool = True
-) -> Peak:
-    """The peak of a step, gradients included, above the bytes that are always there."""
-    chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
-    later = _gradients_after(layers, accumulating)
-    all_gradients = sum(layer.gradients for layer in layers)
-    at_forward = all_gradients if accumulating else 0
-    shared = sum({policy: cost.shared for policy, cost in zip(policies, chosen)}.values())
-    peaks = [Peak(all_gradients + shared, 0, all_gradients, OPTIMIZER)]
-    before = shared
-    for i, cost in enumerate(chosen):
-        forward, backward = before + cost.forward_peak + at_forward, before + cost.backward_peak + later[i]
-        peaks.append(Peak(forward, before, at_forward, f"the forward of layer {i}"))
-        peaks.append(
-            Peak(backward, min(before + cost.saved, backward - later[i]), later[i], f"the backward of layer {i}")
-        )
-        before += cost.saved
-    peaks.append(Peak(before + head_peak + at_forward, before, at_forward, HEAD))
-    return max(peaks, key=lambda peak: peak.bytes)
-
-
-def _waiting(chosen: Sequence[PolicyCost], policies: Sequence[Policy]) -> float:
-    """Milliseconds that a step waits for copies to the host's memory and back."""
-    spread = [i for i, policy in enumerate(policies) if policy is SPREAD]
-    every = min((after - before for before, after in itertools.pairwise(spread)), default=len(policies))
-    return sum(cost.waiting(every if policy is SPREAD else 1) for cost, policy in zip(chosen, policies))
-
-
-def _gradients_after(layers: Sequence[LayerCosts], accumulating: bool) -> list[int]:
-    """Bytes of gradients that are there when each layer's backward runs, its own included."""
-    if accumulating:
-        return [sum(layer.gradients for layer in layers)] * len(layers)
-    sums = list(itertools.accumulate(layer.gradients for layer in reversed(layers)))
-    return sums[::-1]
-
-
-def _within_host(layers: Sequence[LayerCosts], host_budget: int | None) -> list[LayerCosts]:
-    """Take the policies that use host memory from the layers that it does not reach to: the early ones come first."""
-    made, left = [], host_budget
-    for layer in layers:
-        most = max((cost.host for cost in layer.policies.values()), default=0)
-        if left is not None and most > left:
-            layer = layer.only(*(policy for policy, cost in layer.policies.items() if cost.host <= 0))
-        elif left is not None:
-            left -= most
-        made.append(layer)
-    return made
-
-
-def _choices(layers: Sequence[LayerCosts], host_budget: int | None) -> list[tuple[list[LayerCosts], int]]:
-    """The layers with some of the policies that need bytes of their own once (at most two), and those bytes.
-
-    Times include the waiting for copies. :data:`SPREAD` stands alone, in one layer of every few: as many as its copies
-    take to pass beside the computation.
-    """
-    costly = sorted(
-        {p for layer in layers for p, cost in layer.policies.items() if cost.shared}, key=list(Policy).index
-    )
-    free = {p for layer in layers for p in layer.policies if p not in costly}
-    others = [p for p in costly if p is not SPREAD]
-    used: list[tuple[set[Policy], int]] = [
-        ({*free, *some}, 1) for count in range(3) for some in itertools.combinations(others, count)
-    ]
-    if SPREAD in costly:
-        used += [({*free, SPREAD}, every) for every in _distances(layers)]
-    made = []
-    for policies, every in used:
-        choice = []
-        for i, layer in enumerate(layers):
-            allowed = policies if i % every == 0 else policies - {SPREAD}
-            layer = layer.only(*(p for p in layer.policies if p in allowed))
-            costs = {
-                p: replace(cost, ms=cost.ms + cost.waiting(every if p is SPREAD else 1)) if cost.copy_ms else cost
-                for p, cost in layer.policies.items()
-            }
-            choice.append(replace(layer, policies=costs))
-        choice = _within_host(choice, host_budget)
-        left = {p: cost.shared for layer in choice for p, cost in layer.policies.items() if cost.shared}
-        made.append((choice, sum(left.values())))
-    return made
-
-
-def _distances(layers: Sequence[LayerCosts]) -> list[int]:
-    """How far apart layers must be whose copies under :data:`SPREAD` pass beside the computation, and a little more."""
-    costs = [layer[SPREAD] for layer in layers if SPREAD in layer.policies]
-    least = max(
-        math.ceil(cost.copy_ms / (COPYING * min(cost.forward_ms, cost.ms - cost.forward_ms)))
-        if 0 < cost.forward_ms < cost.ms
-        else 1
-        for cost in costs
-    )
-    return [every for every in range(least, least + 3) if every < len(layers)]
-
-
 def _search(
     layers: Sequence[LayerCosts], room: int, head_peak: int, accumulating: bool
 ) -> tuple[int, int, tuple[Policy, ...]] | None:
     """(picoseconds, bytes held at the end, policies) of the best choice, or None."""
     order = list(Policy)
-    later = _gradients_after(layers, accumulating)
+    later = gradients_after(layers, accumulating)
     everything = sum(layer.gradients for layer in layers)
     at_forward = everything if accumulating else 0
     if everything > room:
@@ -337,13 +178,13 @@ def least_budget(
 ) -> int:
     """The smallest budget, in bytes, for which :func:`solve` finds a plan. The arguments are those of ``solve``."""
     always = fixed_bytes if isinstance(fixed_bytes, int) else sum(fixed_bytes.values())
-    needs = [shared + _least_room(choice, head_peak, accumulating) for choice, shared in _choices(layers, host_budget)]
+    needs = [shared + _least_room(choice, head_peak, accumulating) for choice, shared in choices(layers, host_budget)]
     return math.ceil((always + min(needs)) * (1 + slack)) + context + 1
 
 
 def _least_room(layers: Sequence[LayerCosts], head_peak: int, accumulating: bool) -> int:
     """The lowest peak that any choice has, by bisection: whether a room suffices, a greedy choice tells."""
-    later = _gradients_after(layers, accumulating)
+    later = gradients_after(layers, accumulating)
     everything = sum(layer.gradients for layer in layers)
     at_forward = everything if accumulating else 0
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from fastplug.memory import solve as solver
 from fastplug.memory.costs import LayerCosts, PolicyCost
+from fastplug.memory.moments import assemble, peak_of
 from fastplug.memory.policy import Policy
-from fastplug.memory.solve import DoesNotFit, assemble, least_budget, peak_of, solve
+from fastplug.memory.solve import DoesNotFit, least_budget, solve
 
 MiB = 2**20
 FOUR = (Policy.KEEP, Policy.DROP_GATE_UP, Policy.RESIDUAL, Policy.OFFLOAD)
