@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fastplug.errors import ModelError, OptionError
+from fastplug.memory.around import OPTIMIZERS
 from fastplug.memory.budget import amount, gib
-from fastplug.memory.bytes import OPTIMIZERS
 from fastplug.memory.forecast import Forecast, forecast
 from fastplug.memory.formats import checked
 from fastplug.memory.gpus import parse

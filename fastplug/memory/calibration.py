@@ -159,6 +159,10 @@ class Calibration:
         self._open.append(observation)
         return observation
 
+    def disturbed(self) -> None:
+        """Memory ran out: what is being observed tells of that, not of layers."""
+        self._open.clear()
+
     def _note(self, observation: Observation, ms: float) -> None:
         reasoned = observation.cost.ms
         if observation.policy is not Policy.OFFLOAD_KEEP:  # which is spread so that nothing waits

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastplug.errors import OptionError
-from fastplug.memory.bytes import Step, fixed_bytes, head_peak, peaks, step_bytes
+from fastplug.memory.around import fixed_bytes, head_peak, step_bytes
+from fastplug.memory.bytes import Step, peaks
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.gpus import GPU, GPUS
 from fastplug.memory.meter import CONTEXT

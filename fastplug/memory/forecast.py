@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastplug.memory.bytes import Step, fixed_bytes
+from fastplug.memory.around import fixed_bytes
+from fastplug.memory.bytes import Step
 from fastplug.memory.estimate import best_plan, least, uniform_plan
 from fastplug.memory.gpus import GPU
 from fastplug.memory.meter import CONTEXT

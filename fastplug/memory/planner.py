@@ -260,6 +260,7 @@ class Planner:
         """Plan less from the next forward on."""
         if self.agreed is None or self.stock is None:
             return
+        self.stock.calibration.disturbed()
         self.stock.lowered += max(missing, self.agreed.available // 100)
         self._urgent = True
         self.note(

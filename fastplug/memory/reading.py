@@ -10,7 +10,7 @@ from torch import nn
 
 from fastplug.errors import OptionError
 from fastplug.families import Family
-from fastplug.memory.bytes import optimizer_bytes
+from fastplug.memory.around import optimizer_bytes
 from fastplug.memory.checkpoint import attention_refusal
 from fastplug.memory.estimate import TILES, Estimate, estimate
 from fastplug.memory.gpus import GPU, GPUS, find, of_memory

@@ -13,7 +13,8 @@ import torch
 
 import fastplug
 from fastplug.errors import OptionError
-from fastplug.memory.bytes import Step, fixed_bytes, kept, optimizer_bytes, step_bytes
+from fastplug.memory.around import fixed_bytes, optimizer_bytes, step_bytes
+from fastplug.memory.bytes import Step, kept
 from fastplug.memory.estimate import best_plan, estimate, layer_costs, least, uniform_plan
 from fastplug.memory.forecast import RESERVED, forecast
 from fastplug.memory.formats import BITS, encoded_bytes

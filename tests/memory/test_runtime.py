@@ -293,3 +293,17 @@ def test_a_mixture_of_experts_keeps_the_gradient_of_its_router_loss(mixture: Any
         assert found.keys() == wanted.keys()
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_ran_out_of_memory_is_not_measured() -> None:
+    """Its times tell of freeing and of doing work again."""
+    model, planner, device = planned("6MiB")
+    device.clock = 5.0
+    for _ in range(2):
+        gradients(model, BATCH)
+    planner.room.make("Tried to allocate 1.00 MiB", 0)
+    for _ in range(2):
+        gradients(model, BATCH)
+    assert planner.stock is not None
+    seen = sum(len(found) for found in planner.stock.calibration._ms.values())
+    assert seen == planner.count  # of the third forward alone: the first is not measured, the second was disturbed
