@@ -20,7 +20,7 @@ import torch
 
 from fastplug.ops.configs import CHIPS
 from fastplug.ops.fp8.reference import FP8
-from fastplug.ops.fp8.share import FIRST
+from fastplug.ops.fp8.share import FIRST, TILE
 from tests.ops.test_launch_table import run
 
 HOPPER = 90
@@ -56,7 +56,7 @@ def main() -> None:
         right = torch.empty((rank, 512) if transposed else (512, rank), dtype=torch.bfloat16)
         right = right.t() if transposed else right
         with compiling(HOPPER) as kernels:
-            hopper.launch(y, a, torch.empty(256), b, torch.empty(512), left, right, 1.0, 132)
+            hopper.launch(y, a, torch.empty(256), b, torch.empty(512), left, right, 1.0, 132, TILE)
         block = 64 if rank > 32 or hopper.WHOLE else 32 if rank > 16 else 16
         blocks = -(-rank // block)
         for _, kernel in kernels:

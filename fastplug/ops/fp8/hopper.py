@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastplug.ops.fp8.share import BLOCK_M, BLOCK_N
 from fastplug.ops.launch import on_device
 
 BLOCK_K = 128
@@ -254,20 +253,22 @@ def launch(
     right: torch.Tensor,
     alpha: float,
     programs: int,
+    tile: tuple[int, int],
     stages: int = 4,
     group: int = 8,
 ) -> Any:
-    """Write y [M, N]; see :func:`fastplug.ops.fp8.share.fp8_product_add`."""
+    """Write y [M, N] in tiles of ``tile``; see :func:`fastplug.ops.fp8.share.fp8_product_add`."""
+    block_m, block_n = tile
     (M, K), N, rank, transposed = a.shape, len(b), left.shape[1], right.stride(1) != 1
     block_r = 64 if WHOLE or rank > 32 else 32 if rank > 16 else 16
-    right_rows = _rows(right.t(), block_r, BLOCK_N) if transposed else _rows(right, BLOCK_N, block_r)
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
+    right_rows = _rows(right.t(), block_r, block_n) if transposed else _rows(right, block_n, block_r)
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     programs = min(tiles, programs)
     with on_device(a):
         return _product_kernel[(programs,)](
-            _rows(a, BLOCK_M, BLOCK_K), _rows(b, BLOCK_N, BLOCK_K), _rows(y, BLOCK_M, BLOCK_N // PARTS),
-            _rows(left, BLOCK_M, block_r), right_rows, a_scale, b_scale, M, N, K, alpha, tiles, programs, rank,
-            transposed, BLOCK_M, BLOCK_N, BLOCK_K, block_r, stages, group, FETCH_REGISTERS, num_warps=WARPS,
+            _rows(a, block_m, BLOCK_K), _rows(b, block_n, BLOCK_K), _rows(y, block_m, block_n // PARTS),
+            _rows(left, block_m, block_r), right_rows, a_scale, b_scale, M, N, K, alpha, tiles, programs, rank,
+            transposed, block_m, block_n, BLOCK_K, block_r, stages, group, FETCH_REGISTERS, num_warps=WARPS,
             maxnreg=REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ ARCHITECTURE = (9, 0)  # Ada has no copy engine, and the tiles are not those of 
 LARGEST_RANK = 128
 ALIGNMENT = 16  # bytes between rows, for the copy engine
 WAVES = 2  # tiles for each multiprocessor, below which cuBLAS cuts a product better
-BLOCK_M, BLOCK_N = 128, 256  # a tile
+TILE = 128, 256  # rows and columns of the result that a program makes at once
 FIRST = (3, 6)  # the Triton that has what the kernel is written in
 
 broken: list[str] = []
@@ -55,7 +55,7 @@ def suits(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Ten
     processors = _multiprocessors(a.device)
     if not processors or not M or not K or not 0 < R <= LARGEST_RANK:
         return False
-    if WAVES * processors > -(-M // BLOCK_M) * -(-N // BLOCK_N) or N * dtype.itemsize % ALIGNMENT:
+    if WAVES * processors > -(-M // TILE[0]) * -(-N // TILE[1]) or N * dtype.itemsize % ALIGNMENT:
         return False
     if dtype not in (torch.bfloat16, torch.float16) or not left.dtype == right.dtype == dtype:
         return False
@@ -84,7 +84,7 @@ def fp8_product_add(
     accumulation", as in ``kernel.product``); the share is summed in fp32.
     """
     kernel: Any = importlib.import_module("fastplug.ops.fp8.hopper")  # Gluon takes its time to import
-    kernel.launch(y, a, a_scale, b, b_scale, left, right, alpha, _multiprocessors(a.device))
+    kernel.launch(y, a, a_scale, b, b_scale, left, right, alpha, _multiprocessors(a.device), TILE)
 
 
 def attempt(*args: Any) -> bool:
