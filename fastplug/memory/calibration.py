@@ -25,7 +25,8 @@ NEAR = 0.05  # a ratio that moves by less says the same
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks plan from. Equal numbers and an equal shape give an equal plan.
+    """What all ranks plan from. Equal numbers and an equal shape give an equal plan, in one process up to a gain of 1%,
+    for which the plan before is not left.
 
     Attributes:
         available: Bytes of reserved memory plus the CUDA context that a step may take.

@@ -32,6 +32,7 @@ from fastplug.patching.report import Report
 from fastplug.patching.sites import KEY, Site
 
 logger = logging.getLogger("fastplug")
+GAIN = 0.99  # of the present plan's time that another one has to stay below: each change unsettles the allocator
 RECORDED = 0.5  # CUDA graphs hold what their layers keep for good: only where a plan needs no more of its budget
 Shape = tuple[int, int]  # batch, and length on the grid
 Costs = tuple[LayerCosts, ...]
@@ -56,6 +57,7 @@ class Planner:
         self.room = Room(self._release, self._ran_out)
         self.plan: Plan | None = None
         self.plans: dict[Shape, Plan] = {}
+        self._followed: dict[Shape, Plan] = {}  # those before the latest agreement
         self.agreed: Agreed | None = None
         self.pinned = False  # by the user, or by the checkpoint that the run goes on from
         self.records = False  # whether layers may be recorded as CUDA graphs
@@ -154,6 +156,8 @@ class Planner:
             agreed = of_all(stock.take(self.agreed, x, waiting, self._forwards), x.device, group)
             if self.agreed is None or agreed.differs(self.agreed):
                 self.agreed = agreed
+                if group is None:  # ranks may have seen other shapes, and are to make the same plan of the same one
+                    self._followed.update(self.plans)
                 self.plans.clear()
                 self._release()  # blocks of the sizes that the last plans needed
         if due:
@@ -200,7 +204,7 @@ class Planner:
             meter.limit(asked - self.agreed.context)
 
     def _make(self, shape: Shape) -> Plan:
-        """The plan for a shape: a function of that and of what was agreed on."""
+        """The plan for a shape: a function of that, of what was agreed on, and of the plan before."""
         agreed = self.agreed
         assert agreed is not None
         fixed = {"model and optimizer": agreed.fixed + agreed.extra}
@@ -233,6 +237,11 @@ class Planner:
                 least.append((replace(given([_least(layer) for layer in layers]), tile_rows=rows), reasoned.layers))
                 continue
             found.append((replace(made, tile_rows=rows), reasoned.layers))
+            before = self._followed.get(shape)
+            if forced is None and before is not None and before.tile_rows == rows and _possible(before, layers):
+                same = replace(given(list(before.policies)), tile_rows=rows)
+                if same.fits and same.host_bytes <= agreed.host and GAIN * same.ms <= made.ms:
+                    found[-1] = same, reasoned.layers
             if forced is not None or set(made.policies) == {Policy.KEEP}:
                 break
         if not found:
@@ -303,6 +312,11 @@ class Planner:
                 pinned=self.pinned,
             )
         return found
+
+
+def _possible(plan: Plan, layers: Costs) -> bool:
+    """Whether the layers can have the policies that the plan gives them."""
+    return all(policy in layer.policies for policy, layer in zip(plan.policies, layers, strict=True))
 
 
 def _offloader(layer: nn.Module) -> Any:

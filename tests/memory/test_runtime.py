@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import fastplug
 from fastplug import OptionError
 from fastplug.memory import offload
+from fastplug.memory.plan import Plan
 from fastplug.memory.planner import Planner
 from fastplug.memory.policy import Policy
 from fastplug.memory.runtime import planners
@@ -307,3 +309,30 @@ def test_a_step_that_ran_out_of_memory_is_not_measured() -> None:
     assert planner.stock is not None
     seen = sum(len(found) for found in planner.stock.calibration._ms.values())
     assert seen == planner.count  # of the third forward alone: the first is not measured, the second was disturbed
+
+
+def test_a_plan_that_fits_is_not_left_for_a_small_gain() -> None:
+    model, planner, _ = planned("6MiB")
+    gradients(model, BATCH)
+    plan, agreed = planner.plan, planner.agreed
+    assert plan is not None
+    assert agreed is not None
+    shape = plan.batch, plan.sequence
+
+    def made(slower: float, before: bool) -> Plan:
+        """The plan if the present one's policies take so much longer than was reasoned."""
+        planner.agreed = replace(agreed, ms={policy: 1.0 + slower * (policy in plan.policies) for policy in Policy})
+        planner._followed = {shape: plan} if before else {}
+        return planner._make(shape)
+
+    low, high = 0.0, 4.0
+    assert made(high, before=False).policies != plan.policies
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if made(middle, before=False).policies == plan.policies else (low, middle)
+    fresh, sticky = made(high, before=False), made(high, before=True)
+    assert fresh.policies != plan.policies == sticky.policies
+    assert 0.99 * sticky.ms <= fresh.ms <= sticky.ms
+    assert made(4.0, before=True) == made(4.0, before=False)  # that gains more than a little
+    planner.agreed, planner._followed = replace(agreed, available=int(0.8 * plan.total)), {shape: plan}
+    assert planner._make(shape).policies != plan.policies  # it does not fit any more
