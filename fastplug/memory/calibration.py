@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.estimate import SLACK
 from fastplug.memory.meter import Mark, Meter
-from fastplug.memory.policy import Policy
+from fastplug.memory.policy import SPREAD, Policy
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
 NEAR = 0.05  # a ratio that moves by less says the same
@@ -166,7 +166,7 @@ class Calibration:
 
     def _note(self, observation: Observation, ms: float) -> None:
         reasoned = observation.cost.ms
-        if observation.policy is not Policy.OFFLOAD_KEEP:  # which is spread so that nothing waits
+        if observation.policy is not SPREAD:  # for whose copies nothing waits
             reasoned += observation.cost.waiting()
         if reasoned > 0 and ms > 0:
             self._ms[observation.policy].append(ms / reasoned)

@@ -56,8 +56,8 @@ def run(
         HostMemoryError: An offloading policy, and the host has too little memory left.
     """
     policy, _ = effective(policy, layer, binding, kwargs)
-    if binding.runtime.offload is not None and torch.is_grad_enabled():
-        binding.runtime.offload.passed()
+    if not policy.offloads and binding.runtime.offload is not None and torch.is_grad_enabled():
+        binding.runtime.offload.passed()  # as a new group does by itself
     if policy.level is Policy.DROP_GATE_UP or (tile_rows is not None and not policy.keeps_gate_up):
         kwargs["mlp_memory"] = MLPMemory(policy.level is not Policy.DROP_GATE_UP, tile_rows)
     if policy.checkpoints:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.moments import SPREAD
-from fastplug.memory.policy import Policy
+from fastplug.memory.policy import SPREAD, Policy
 
 COPYING = 0.9
 """Share of the computation's time that copies beside it may take."""

@@ -20,10 +20,8 @@ from typing import NamedTuple
 
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.plan import Plan
-from fastplug.memory.policy import Policy
+from fastplug.memory.policy import SPREAD, Policy
 
-SPREAD = Policy.OFFLOAD_KEEP
-"""The policy whose layers stand so far apart that their copies pass beside the computation."""
 OPTIMIZER = "the optimizer's step"
 HEAD = "head and loss"
 
@@ -110,4 +108,4 @@ def gradients_after(layers: Sequence[LayerCosts], accumulating: bool) -> list[in
     return sums[::-1]
 
 
-__all__ = ["SPREAD", "Peak", "assemble", "gradients_after", "peak_of"]
+__all__ = ["Peak", "assemble", "gradients_after", "peak_of"]

@@ -93,25 +93,24 @@ class Group:
         size, stride, offset = tensor.size(), tensor.stride(), 0
         span: int = 1 + sum((n - 1) * step for n, step in zip(size, stride))  # elements from the first to the last
         if span > MOST_HOLES * tensor.numel():
-            whole = int(tensor.untyped_storage().nbytes()) // tensor.itemsize
-            if whole <= LARGEST_WHOLE * tensor.numel() or self._handle(tensor, whole, 0) is not None:
+            storage = tensor.untyped_storage()
+            whole = int(storage.nbytes()) // tensor.itemsize
+            if whole <= LARGEST_WHOLE * tensor.numel() or self._handle((storage.data_ptr(), storage.nbytes())):
                 span, offset = whole, int(tensor.storage_offset())
                 tensor = tensor.as_strided((span,), (1,), 0)
             else:
                 tensor = tensor.contiguous()
                 span, stride = tensor.numel(), tensor.stride()
-        start = int(tensor.storage_offset())
-        handle = self._handle(tensor, span, start)
+        key = tensor.data_ptr(), span * tensor.itemsize
+        handle = self._handle(key)
         if handle is None:
-            handle = self._offloader.copy_out(tensor.as_strided((span,), (1,), start))
-            key = tensor.data_ptr(), span * tensor.itemsize
+            handle = self._offloader.copy_out(tensor.as_strided((span,), (1,)))
             self._known.pop(key, None)
             self._known[key] = weakref.ref(handle)
         return Packed(handle, tensor.dtype, size, stride, offset)
 
-    def _handle(self, tensor: torch.Tensor, span: int, start: int) -> Handle | None:
+    def _handle(self, key: tuple[int, int]) -> Handle | None:
         """What has these bytes already; an address is used again once its memory was given up."""
-        key = address(tensor) + start * tensor.itemsize, span * tensor.itemsize
         reference = self._known.get(key)
         handle = None if reference is None else reference()
         return None if handle is None or handle.on_device is None else handle

@@ -278,16 +278,18 @@ class Planner:
         )
 
     def _forget_recordings(self) -> None:
-        for reference in self._layers:
-            layer = reference()
-            if layer is not None and KEY in layer.__dict__:
-                layer.__dict__[KEY].graphs = None
+        for binding in self._bindings():
+            binding.graphs = None
+
+    def _bindings(self) -> list[Any]:
+        """Of the layers that are there and patched."""
+        layers = (reference() for reference in self._layers)
+        return [layer.__dict__[KEY] for layer in layers if layer is not None and KEY in layer.__dict__]
 
     def _release(self) -> int:
         """Give cached blocks back to the device, and what waits there for copies; the bytes of the latter."""
-        layers = [layer for layer in (reference() for reference in self._layers) if layer is not None]
-        offloaders = {id(o): o for o in (_offloader(layer) for layer in layers) if o is not None}
-        staged = sum(offloader.clear() for offloader in offloaders.values())
+        offloaders = {binding.runtime.offload for binding in self._bindings()} - {None}
+        staged = sum(offloader.clear() for offloader in offloaders)
         if self.meter is not None:
             self.meter.release()
         return staged
@@ -317,11 +319,6 @@ class Planner:
 def _possible(plan: Plan, layers: Costs) -> bool:
     """Whether the layers can have the policies that the plan gives them."""
     return all(policy in layer.policies for policy, layer in zip(plan.policies, layers, strict=True))
-
-
-def _offloader(layer: nn.Module) -> Any:
-    binding = layer.__dict__.get(KEY)
-    return None if binding is None else binding.runtime.offload
 
 
 def _least(layer: LayerCosts) -> Policy:

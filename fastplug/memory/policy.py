@@ -66,6 +66,8 @@ LEVELS = {
     Policy.OFFLOAD_ATTENTION: Policy.KEEP_ATTENTION,
     Policy.OFFLOAD: Policy.RESIDUAL,
 }
+SPREAD = Policy.OFFLOAD_KEEP
+"""The policy whose layers stand so far apart that their copies pass beside the computation."""
 
 
 @dataclass(frozen=True)

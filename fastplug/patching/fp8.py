@@ -35,16 +35,16 @@ def prepare(model: nn.Module, device: torch.device, runtime: Runtime) -> str | N
     linears = _linears(model, runtime)
     exact = _named(linears, options)
     runtime.exact = weakref.WeakSet(exact)
+    rest = {name: linear for name, linear in linears.items() if linear not in runtime.exact}
+    magnified = {id(layer.base_layer) for layer in model.modules() if len(getattr(layer, "lora_magnitude_vector", ()))}
+    dora = {name for name, linear in rest.items() if id(linear) in magnified}
     odd = [
         name
-        for name, linear in linears.items()
-        if linear not in runtime.exact and any(size % MULTIPLE for size in _shape(linear, runtime))
+        for name, linear in rest.items()
+        if name not in dora and any(size % MULTIPLE for size in _shape(linear, runtime))
     ]
-    magnified = {id(layer.base_layer) for layer in model.modules() if len(getattr(layer, "lora_magnitude_vector", ()))}
-    dora = [name for name, linear in linears.items() if id(linear) in magnified and linear not in runtime.exact]
-    odd = [name for name in odd if name not in dora]
     what = "gradients of activations, and recomputed outputs," if options.compute == "fp8_backward" else "products"
-    count = len(linears) - len(exact) - len(odd) - len(dora)
+    count = len(rest) - len(odd) - len(dora)
     note = f"{what} of {count} frozen linear modules are computed in FP8 (e4m3)"
     if exact:
         note += f"; {len(exact)} stay exact as told"
