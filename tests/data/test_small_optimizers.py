@@ -44,15 +44,16 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def compare(build: Callable[[Any], torch.optim.Optimizer], kind: str, device: torch.device) -> torch.optim.Optimizer:
+def compare(
+    build: Callable[[Any], torch.optim.Optimizer], kind: str, device: torch.device, near: float = 2e-3
+) -> torch.optim.Optimizer:
+    """``near``: codes of 8 bits may fall to either side."""
     plain = models.plain(vocab_size=2048)  # so that matrices are there that are large enough for pages
     model = (plain if kind == "full" else models.lora(plain, r=64)).to(device)
     patched = copy.deepcopy(model)
     fastplug.apply(patched)
     optimizer = build(trained(patched))
     theirs = train(model, build(trained(model)), device)
-    # Codes of 8 bits may fall to either side, more of them where a GPU's kernels round in another order.
-    near = 2e-3 if device.type == "cpu" else 5e-3
     assert train(patched, optimizer, device) == pytest.approx(theirs, rel=near)
     assert theirs[2] < theirs[0]
     assert not fastplug.report(patched).fallbacks
@@ -82,7 +83,8 @@ def test_bitsandbytes(name: str, kind: str, device: torch.device) -> None:
 def test_torchao(name: str, kind: str, device: torch.device) -> None:
     if name != "AdamW8bit" and device.type == "cpu":
         pytest.skip("torchao compiles these for a GPU")
-    optimizer = compare(torchao(name), kind, device)
+    # On a GPU torchao's compiled update and its codes differ by up to 0.0028 of the loss after four steps.
+    optimizer = compare(torchao(name), kind, device, 2e-3 if device.type == "cpu" else 5e-3)
     kinds = {type(state["exp_avg"]).__name__ for state in optimizer.state.values()}
     assert any(found.startswith("OptimState") for found in kinds), kinds
 

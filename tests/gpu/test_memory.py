@@ -81,15 +81,12 @@ def test_budgets_are_kept_and_peaks_are_as_planned() -> None:
         applied = fastplug.apply(model, memory=f"{budget}B", graphs="off")
         for _ in range(9):  # past the last of the close agreements
             assert same(gradients(model, x), wanted), share
-        (planner,) = planners(model)
-        dropped = planner.room.dropped  # while the allocator had to find its blocks
-        for _ in range(3):
-            gradients(model, x)
         measured = torch.cuda.max_memory_reserved() + context()
+        (planner,) = planners(model)
         assert planner.plan is not None
         assert measured <= budget
         assert measured >= 0.9 * planner.plan.total
-        assert planner.room.dropped == dropped
+        assert planner.room.dropped == 0
         applied.undo()
         assert torch.cuda.get_per_process_memory_fraction() == pytest.approx(1.0)
 
