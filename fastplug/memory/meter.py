@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -58,6 +59,9 @@ class Meter(Protocol):
 
     def release(self) -> None:
         """Give cached blocks back to the device."""
+
+    def reserve(self, size: int) -> None:
+        """Put one block of ``size`` bytes into the allocator's cache, if the device has it."""
 
 
 class _Event:
@@ -124,6 +128,10 @@ class CUDAMeter:
     def release(self) -> None:
         torch.cuda.empty_cache()
 
+    def reserve(self, size: int) -> None:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(size, dtype=torch.uint8, device=self.device)
+
 
 class _Moment:
     def __init__(self) -> None:
@@ -174,6 +182,9 @@ class HostMeter:
         pass
 
     def release(self) -> None:
+        pass
+
+    def reserve(self, size: int) -> None:
         pass
 
 

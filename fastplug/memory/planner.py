@@ -162,13 +162,16 @@ class Planner:
                 self._release()  # blocks of the sizes that the last plans needed
         if due:
             self._limit(stock.meter)
-        if shape not in self.plans:
+        new = shape not in self.plans
+        if new:
             self.plans[shape] = self._make(shape)
         elif shape not in self._costs:  # a saved plan
             self._costs[shape] = dict(self._reading.estimates(*shape))[self.plans[shape].tile_rows].layers
         self.plan = plan = self.plans[shape]
         self.records = self.options.memory in FORCED or plan.total <= RECORDED * plan.budget
         stock.predicted = max(stock.predicted, plan.allocated)
+        if (new or due) and not self.agreed.caution and not agreement.sharded(layer):
+            stock.reserve(plan, self._release)
 
     def _agree_on_pins(self, device: torch.device, group: Any) -> None:
         """Follow saved plans where all ranks have the same ones; every rank must call this."""

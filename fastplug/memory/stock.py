@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from fastplug.memory.host_memory import RESERVE
 from fastplug.memory.host_memory import available as host_available
 from fastplug.memory.meter import Meter
 from fastplug.memory.oom import Room
+from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.options import Options
 
@@ -23,6 +24,7 @@ HOST_SHARE = 0.8  # of the host's free memory that may be pinned: data loaders a
 CAUTION = 0.8  # of memory that proved not to be needed is planned with
 YOUNG, GROWTH = 4, 96 * 2**20  # in the first forwards, kernels have yet to be loaded into the CUDA context
 YOUNG_SHARE = 0.05  # of a budget that is left unused meanwhile
+TIGHT = 0.9  # of its budget that a plan needs for its step to get a block of its own
 SLACK_STEP, SLACK_MOST = 0.02, 0.2  # more is left unplanned when the allocator keeps giving blocks back
 
 
@@ -92,6 +94,26 @@ class Stock:
             ms=self.calibration.ms(),
             saved=self.calibration.saved(),
         )
+
+    def reserve(self, plan: Plan, release: Callable[[], object]) -> None:
+        """Get one block for what comes and goes in a step, where its plan fills the budget and it is not there already.
+
+        The allocator would otherwise ask the device for blocks of the sizes that come first, none of which can be given
+        back or grow for what comes later while a part of it is in use. Not for FSDP, which gathers weights in blocks of
+        another stream.
+
+        Args:
+            release: Gives cached blocks back.
+        """
+        meter = self.meter
+        if plan.total < TIGHT * plan.budget or plan.allocated <= meter.reserved():
+            return
+        release()
+        lasting = plan.allocated - plan.parts["activations"] - plan.parts["workspace"]
+        size = min(plan.allocated - max(meter.allocated(), lasting), plan.reserved - meter.reserved())
+        if size > 0:
+            meter.reserve(size)
+            self._peak_before, self._retries = meter.peak(), meter.retries()
 
     def _available(self) -> int:
         """Bytes that a step may take, context included."""

@@ -219,8 +219,8 @@ def test_an_op_that_adds_the_adapters_share_does(model, batch, device, monkeypat
     assert cosines(ours.gradients, apart.gradients).min() > 0.98
 
 
-def test_dora_stays_exact_and_the_report_says_so(batch):
-    model = models.lora(models.plain().bfloat16(), use_dora=True).bfloat16()
+def test_dora_stays_exact_and_the_report_says_so(batch, device):
+    model = models.lora(models.plain().bfloat16(), use_dora=True).bfloat16().to(device)
     exact = step(patched(model), batch)
     twin = patched(model, compute="fp8")
     assert any("14 stay exact because they have DoRA" in note for note in fastplug.report(twin).notes)

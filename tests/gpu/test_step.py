@@ -203,7 +203,9 @@ def test_peak_memory_is_lower() -> None:
 
 @pytest.mark.parametrize("sequences", [1, 8, 64])
 def test_generation_is_not_slower(sequences: int) -> None:
-    model = build("qlora", layers=6).eval()
+    """Short turns, many of them, in either order: what else the machine does makes a turn longer and never shorter, so
+    the fastest tenth tells."""
+    model = build("qlora", layers=4).eval()
     patched = copy.deepcopy(model)
     fastplug.apply(patched)
     prompt = tokens(sequences, 32)
@@ -211,14 +213,17 @@ def test_generation_is_not_slower(sequences: int) -> None:
     def seconds(model: Any) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    seconds(model), seconds(patched)
-    pairs = [(seconds(model), seconds(patched)) for _ in range(32)]  # in turns: the host's speed drifts
-    plain, ours = (sum(sorted(times)[:8]) for times in zip(*pairs))  # Python's time, when nothing disturbs it
-    assert ours <= plain / 0.97, pairs
+    times: dict[Any, list[float]] = {model: [], patched: []}
+    for turn in range(120):
+        for one in (model, patched) if turn % 2 else (patched, model):
+            times[one].append(seconds(one))
+    plain, ours = (sum(sorted(found)[1:13]) / 12 for found in times.values())
+    print(sequences, f"unpatched {1e3 * plain:.2f} ms, patched {1e3 * ours:.2f} ms")
+    assert ours <= plain / 0.97, times.values()
 
 
 def test_torch_compile_trains_to_the_same_gradients() -> None:

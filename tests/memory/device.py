@@ -32,17 +32,19 @@ class Device:
         others: Bytes that other processes hold.
         clock: Milliseconds that pass between two marks; None: the device never gets there, so nothing is measured.
         limits: What the allocator was limited to, in order.
+        blocks: Sizes of the blocks that were reserved.
     """
 
     def __init__(self, model: Any, total: int, context: int = MiB // 8) -> None:
         self._host = HostMeter(model)
         self._total, self._context = total, context
-        self.others, self.retried = 0, 0
+        self.others, self.retried, self._cached = 0, 0, 0
         self.clock: float | None = None
         self._now = 0.0
         self.highest: tuple[int, int] = (0, 0)
         self.limits: list[int | None] = []
         self.released = 0
+        self.blocks: list[int] = []
 
     def total(self) -> int:
         return self._total
@@ -54,7 +56,7 @@ class Device:
         return self._context
 
     def reserved(self) -> int:
-        return self._host.allocated()
+        return self._host.allocated() + self._cached
 
     def allocated(self) -> int:
         return self._host.allocated()
@@ -74,6 +76,11 @@ class Device:
 
     def release(self) -> None:
         self.released += 1
+        self._cached = 0
+
+    def reserve(self, size: int) -> None:
+        self.blocks.append(size)
+        self._cached += size
 
 
 def gradients(model: Any, batch: dict[str, torch.Tensor], seed: int = 7) -> dict[str, torch.Tensor]:

@@ -223,6 +223,24 @@ def test_blocks_that_the_allocator_gave_back_leave_more_slack() -> None:
     assert planner.agreed.slack > before
 
 
+def test_a_plan_that_fills_its_budget_gets_a_block_within_it_and_others_do_not() -> None:
+    model, roomy, device = planned("64MiB")
+    gradients(model, BATCH)
+    assert roomy.plan is not None
+    assert roomy.plan.total < 32 * MiB
+    assert device.blocks == []
+    model, planner, device = planned("5MiB")
+    gradients(model, BATCH)
+    assert planner.plan is not None
+    (block,) = device.blocks
+    assert device.reserved() <= planner.plan.reserved
+    assert block >= planner.plan.parts["activations"] + planner.plan.parts["workspace"] - MiB // 4
+    for _ in range(3):
+        gradients(model, BATCH)
+    assert 1 <= len(device.blocks) <= 3  # the second forward and the fourth may plan anew
+    assert device.reserved() <= planner.plan.reserved
+
+
 # --- around -----------------------------------------------------------------------------------------------------------
 
 
