@@ -308,8 +308,10 @@ def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     H, inner = layer.hidden, layer.intermediate
     width = sum(linear.out_features for linear in layer.gate_up)
     cast = t * H * c if step.stream != c else 0
-    d_hidden, d_normed, wide = t * inner * c, t * H * c, t * width * c
+    d_hidden, d_normed = t * inner * c, t * H * c
     again = policy.level is Policy.DROP_GATE_UP or (not policy.keeps_gate_up and t < T)
+    # The gradient of gate and up is written over them, but where a recording needs them for its next replay.
+    wide = t * width * c if again or (step.replayed(layer, policy) and not policy.checkpoints) else 0
     down, gate_up = _buffer(layer.down, step), _buffer(layer.gate_up, step)
     weights = _trained(layer.down) + _trained(layer.gate_up)
     moments = [

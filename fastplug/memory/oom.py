@@ -7,6 +7,7 @@ step is never repeated. Nothing here is entered where no plan is made: see ``run
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 from collections.abc import Callable
@@ -103,12 +104,17 @@ def retried(room: Room, work: Callable[[], T]) -> T:
         attempt += 1
 
 
-def with_room(planner: Any, work: Callable[[], T]) -> T:
+def with_room(planner: Any, work: Callable[[], T], less: Callable[[], T]) -> T:
     """``work()``, with what a planner's layers keep to be dropped for it. Without a planner: ``work()``.
 
-    Head and loss come when all layers hold all they keep, so memory often runs out there and not in a layer.
+    Head and loss come when all layers hold all they keep, so memory often runs out there and not in a layer. What stays
+    of dropped layers may lie so that no large piece is free: then ``less()``, which does the same in smaller ones.
     """
-    return work() if planner is None or torch.compiler.is_compiling() else retried(planner.room, work)
+    if planner is None or torch.compiler.is_compiling():
+        return work()
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return retried(planner.room, work)
+    return retried(planner.room, less)
 
 
 __all__ = ["Room", "out_of_memory", "requested", "retried", "with_room"]

@@ -176,6 +176,25 @@ def test_head_and_loss_make_room(undisturbed: dict[str, torch.Tensor], monkeypat
     assert planners(model)[0].room.dropped >= 1
 
 
+def test_where_dropping_makes_no_place_for_the_logits_fewer_are_made_at_a_time(
+    undisturbed: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = importlib.import_module("fastplug.patching.forwards.lm_head_loss")
+    loss, asked = head.linear_cross_entropy, []
+
+    def scattered(*args: Any, chunk_size: int | None, **kwargs: Any) -> Any:
+        asked.append(chunk_size)
+        if chunk_size is None and Failing.now == 1:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return loss(*args, chunk_size=chunk_size, **kwargs)
+
+    monkeypatch.setattr(head, "linear_cross_entropy", scattered)
+    model, found = train("keep")
+    agree(found, undisturbed)
+    assert asked.count(head.FEW) == 1
+    assert planners(model)[0].room.dropped >= LAYERS
+
+
 def test_where_nothing_is_left_to_drop_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     glu = importlib.import_module("fastplug.ops.glu.reference")
 

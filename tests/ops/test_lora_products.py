@@ -102,3 +102,23 @@ def test_a_gated_mlp(device, make):
     ]
     inputs += [t.detach() for p in projections for t in (p.a, p.b)]
     assert_accurate(fused, functools.partial(mlp_reference, projections), inputs)
+
+
+def test_the_gradient_of_gate_and_up_takes_their_memory_unless_the_graph_is_kept(device):
+    shapes = (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
+    projections = [dense_projection(*shape, device, i) for i, shape in enumerate(shapes)]
+    ops, dtype = table_for(device), torch.bfloat16
+    spec = GatedMLP(Group(projections[:2], dtype, ops), Group(projections[2:], dtype, ops), "silu", Norm(1e-6))
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, HIDDEN, device=device, dtype=dtype).requires_grad_()
+    wanted = [x, *(tensor for p in projections for tensor in (p.a, p.b))]
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        out = gated_mlp(spec, x, torch.zeros_like(x), torch.ones(HIDDEN, device=device, dtype=dtype))
+    (gate_up,) = [tensor for tensor in saved if tensor.shape == (TOKENS, 2 * INNER)]
+    before = gate_up.clone()
+    first = torch.autograd.grad(out, wanted, torch.ones_like(out), retain_graph=True)
+    assert torch.equal(gate_up, before)
+    second = torch.autograd.grad(out, wanted, torch.ones_like(out))
+    assert not torch.equal(gate_up, before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))

@@ -141,7 +141,9 @@ class GatedMLPFunction(torch.autograd.Function):
             dx, d_norm_weight, grads = backward_in_tiles(ctx, spec, g, h, norm_weight, rest, stream, tiles)
         else:
             kept = (Kept.of(rest[: ctx.count]), Kept.of(rest[ctx.count :]))
-            dx, d_norm_weight, grads = backward(spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs)
+            compiling = torch.compiler.is_compiling()
+            last = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+            dx, d_norm_weight, grads = backward(spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last)
         dx = None if dx is None else dx.view(shape)
         d_residual = dx.to(residual_dtype) if dx is not None and needs[2] and residual_dtype is not None else None
         d_input = dx.to(x_dtype) if dx is not None and needs[1] else None

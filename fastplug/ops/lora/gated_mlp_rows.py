@@ -42,6 +42,7 @@ def backward(
     kept: tuple[Kept, Kept] | None,
     stream: torch.Tensor | None,
     needs: tuple[bool, ...],
+    last: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, Grads]:
     """The gradients of x + residual [rows, hidden], of the norm's weight, and of all projections' tensors.
 
@@ -53,6 +54,7 @@ def backward(
         norm_weight: [hidden] or None.
         stream: The gradient that h has from elsewhere [rows, hidden], or None.
         needs: Which arguments of the node need a gradient.
+        last: Whether nobody reads gate_up any more: then its gradient is written over it.
     """
     ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
     inner = 4 + len(spec.gate_up.tensors())
@@ -60,7 +62,7 @@ def backward(
     g = g.to(dtype)
     if spec.factor != 1.0:
         g = g * spec.factor
-    overwrite, late = gate_up is None, kept is None
+    overwrite, late = last or gate_up is None, kept is None
     if gate_up is None:
         gate_up, rstd, kept = _recomputed(spec, h, norm_weight, kept)
     assert kept is not None

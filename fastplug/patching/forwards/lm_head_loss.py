@@ -26,6 +26,8 @@ from fastplug.patching.projection import base_layer, read
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 from fastplug.sharding import SHARDED, Anchor, call_within, gathers_itself
 
+FEW = 128  # rows of logits at a time where there is no place for as many as usual
+
 
 def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
@@ -93,7 +95,7 @@ def fused_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
-    def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+    def loss_of(hidden: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         parts = head_weight(head, hidden, runtime)
         if isinstance(parts, str):
             raise RuntimeError(f"fastplug: {parts}, which was not to be seen before; disable='lm_head_loss' leaves it")
@@ -107,11 +109,12 @@ def fused_loss(
             ignore_index=ignore_index,
             softcap=softcap,
             logit_scale=scale,
+            chunk_size=rows,
             implementation=runtime.ops.logprobs,
         ).loss
 
     def with_what_it_takes(hidden: torch.Tensor) -> torch.Tensor:
-        return with_room(runtime.memory, lambda: loss_of(hidden))
+        return with_room(runtime.memory, lambda: loss_of(hidden), lambda: loss_of(hidden, FEW))
 
     return _gathered(head, with_what_it_takes, hidden) if gathers_itself(head) else with_what_it_takes(hidden)
 
