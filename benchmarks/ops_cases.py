@@ -233,6 +233,26 @@ def glu(s: Sizes) -> Iterator[Case]:
                     for (g, u), o in zip(split, outs)])  # fmt: skip
 
 
+def dora(s: Sizes) -> Iterator[Case]:
+    scaling, dots = functions("scaling", s.device), functions("column_dots", s.device)
+    x, y, out = (s.random(s.tokens, 2 * s.inner) for _ in range(3))
+    scale = torch.rand(2 * s.inner, device=s.device) + 0.5
+
+    def check() -> tuple[float, float]:
+        scaling.scale_columns(x, scale, poisoned(out))
+        return judged((ends(out), ends(x).double() * scale.double()))
+
+    def check_dots() -> tuple[float, float]:
+        few = x[:, : s.hidden], y[:, : s.hidden]
+        truth = (few[0].double() * few[1].double()).sum(0)
+        return error(dots.column_dots(*few), truth), 2 * error((few[0].float() * few[1].float()).sum(0), truth) + 1e-7
+
+    yield Case("scaled columns", "fastplug", 2 * 2 * x.numel(),
+               [lambda x=x: scaling.scale_columns(x, scale, out) for x in (x, y)], check)  # fmt: skip
+    yield Case("dot products of columns", "fastplug", 2 * 2 * x.numel(),
+               [lambda x=x: dots.column_dots(x, y) for x in (x, out)], check_dots)  # fmt: skip
+
+
 def logprobs(s: Sizes) -> Iterator[Case]:
     op, liger = functions("logprobs", s.device), other("liger_kernel.ops.cross_entropy")
     rows, size = s.chunk, s.chunk * s.vocabulary * 2

@@ -61,6 +61,7 @@ class OpTable:
     fp8: Any
     low_rank: Any
     column_dots: Any
+    scaling: Any
 
     def __init__(self, chosen: Iterable[OpImplementation]) -> None:
         self.names: dict[str, str] = {}
@@ -161,6 +162,7 @@ TRITON_OPS = (
     "fp8",
     "low_rank",
     "column_dots",
+    "scaling",
 )
 
 

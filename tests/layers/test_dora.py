@@ -73,7 +73,7 @@ class Case:
     def inputs(self):
         return [self.x, *(t for a, b, m, _ in self.adapters.values() for t in (a, b, m))]
 
-    def group(self):
+    def group(self, kernels="auto"):
         made = []
         for i, linear in enumerate(self.linears):
             read = linear.read if hasattr(linear, "read") else functools.partial(Plain().read, linear)
@@ -81,7 +81,7 @@ class Case:
             if i in self.adapters:
                 p.a, p.b, p.magnitude, p.scaling = self.adapters[i]
             made.append(p)
-        return DoraGroup(made, self.dtype, table_for(self.x.device))
+        return DoraGroup(made, self.dtype, table_for(self.x.device, kernels))
 
     def truth(self, dtype):
         inputs = [t.detach().to(dtype).requires_grad_() for t in self.inputs()]
@@ -111,6 +111,50 @@ def test_group_is_the_formula(device, dtype, quantized, tokens):
     assert_as_accurate(ours, case.truth(dtype), case.truth(torch.float64), case.names())
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [10, 70])
+def test_group_with_the_kernels(device, tokens):
+    case = Case(device, torch.float32, tokens)
+    y = lora_linear(case.group("triton"), case.x)
+    ours = [y, *torch.autograd.grad(y, case.inputs(), case.g)]
+    assert_as_accurate(ours, case.truth(torch.float32), case.truth(torch.float64), case.names())
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nf4"])
+def test_stored_weights_are_not_scaled(device, quantized):
+    """More tokens than input channels: the backward scales the weight, where it lies only if it was decoded."""
+    case = Case(device, torch.float32, tokens=100, quantized=quantized)
+    before = [[t.clone() for t in linear.state_dict().values()] for linear in case.linears]
+    y = lora_linear(case.group(), case.x)
+    first = torch.autograd.grad(y, case.inputs(), case.g, retain_graph=True)
+    assert all(torch.equal(one, two) for one, two in zip(first, torch.autograd.grad(y, case.inputs(), case.g)))
+    after = [list(linear.state_dict().values()) for linear in case.linears]
+    assert all(torch.equal(one, two) for old, new in zip(before, after) for one, two in zip(old, new, strict=True))
+
+
+def test_one_scaling_for_all(device):
+    """A factor that all projections share goes into the products, not into B."""
+    case = Case(device, torch.float32)
+    case.adapters = {i: (*adapter[:3], 1.7) for i, adapter in case.adapters.items()}
+    y = lora_linear(case.group(), case.x)
+    ours = [y, *torch.autograd.grad(y, case.inputs(), case.g)]
+    assert_as_accurate(ours, case.truth(torch.float32), case.truth(torch.float64), case.names())
+
+
+def test_without_a_stream_and_with_a_factor(device):
+    case = Case(device, torch.bfloat16)
+    for known in (False, True):  # z is kept, and z is not
+        group = case.group()
+        group.output_known = known
+        with torch.no_grad():
+            kept = group.adapters(case.x.detach())
+            once = None if kept.output is None else kept.output.clone()
+            y = group.products(case.x.detach(), kept)
+            half = group.products(case.x.detach(), kept, factor=0.5)
+        assert once is None or torch.equal(kept.output, once)
+        assert_as_accurate([half], [(0.5 * y.float()).to(half.dtype)], [0.5 * y.double()])
+
+
 def test_z_from_the_output_that_a_node_keeps(device):
     case = Case(device, torch.float32)
     group = case.group()
@@ -119,8 +163,8 @@ def test_z_from_the_output_that_a_node_keeps(device):
         y, kept = group.forward(case.x.detach())
         assert kept.output is None
         again = group.adapters(case.x.detach())
-        torch.testing.assert_close(again.scale, kept.scale)
-        torch.testing.assert_close(group.products(case.x.detach(), again), y)
+        assert torch.equal(again.scale, kept.scale)
+        assert torch.equal(group.products(case.x.detach(), again), y)  # what is recomputed has the same bits
         kept = group.knowing(Kept.of(kept.tensors()), y)
         needs = [t is not None and t.requires_grad for t in group.tensors()]
         dx, gb = group.input_gradient(case.g, kept, True)

@@ -144,6 +144,7 @@ def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
     from fastplug.ops.int_weights import kernel as int_weights
     from fastplug.ops.int_weights.reference import Layout as Int
     from fastplug.ops.quantize_4bit import kernel as quantize_4bit
+    from fastplug.ops.scaling import kernel as scaling
 
     out = torch.empty(n, k, dtype=torch.bfloat16)
 
@@ -164,6 +165,9 @@ def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
     mx = Float((n, k), "e2m1", (1, 32), "e8m0")
     float_weights.decode(codes(n, k // 2, kind=bytes_), codes(n, k // 32, kind=bytes_), mx, out)
     column_dots.column_dots(out, out)
+    scaling.scale_columns(out, torch.empty(k), torch.empty_like(out))
+    scaling.scale_columns(out, torch.empty(k), torch.empty_like(out), accumulate=True)
+    scaling.scale_rows(out, torch.empty(n), out)
     quantize_4bit._approximate = lambda tensor: True  # the instruction that a CPU does not have
     quantize_4bit.quantize(out)
     quantize_4bit.quantize_scales(torch.empty(n * k // 64))

@@ -27,7 +27,7 @@ ENOUGH = 0.85  # of the memory's bandwidth
 READ = {
     "rms_norm._forward_kernel": 1, "rms_norm._backward_kernel": 2, "rope._forward_kernel": 2,
     "rope._backward_kernel": 2, "glu._forward_kernel": 2, "glu._backward_kernel": 3, "logprobs._logprobs_kernel": 1,
-    "logprobs._backward_kernel": 1,
+    "logprobs._backward_kernel": 1, "scaling._scale_kernel": 1,
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ B A is never formed, not for n either:
     n² = ||W||² + 2 s (W Aᵀ) · B + s² (B (A Aᵀ)) · B    row by row, in fp32
 
 The products are those of LoRA. What is new: one pass over z to scale it, one over g and z for dm, one over W (or g) to
-scale dx, and W Aᵀ. ||W||² is kept as long as W is the same. z is kept for dm, unless the node that the group is part of
-keeps y anyway.
+scale dx, all as fast as the memory (``ops/scaling``, ``ops/column_dots``), and W Aᵀ. ||W||² is kept as long as W is the
+same. z is kept for dm, unless the node that the group is part of keeps y anyway.
 
 With dropout PEFT scales and adapts the dropped input d(x) only, beside the plain product with x:
 
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastplug.ops.lora.group import Group
+from fastplug.ops.lora.group import Group, Weight
 from fastplug.ops.lora.matmul import mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
@@ -74,9 +74,7 @@ class DoraGroup(Group):
         if self.adapted.dropout:
             return super().forward(x)
         z, kept = self._scaled(x)
-        if z is None:
-            return self.products(x, kept), kept
-        y = z.mul_(_row(kept, 0)) if kept.output is None else _times(z, _row(kept, 0))
+        y = self._columns(z, _row(kept, 0), z if kept.output is None else None)
         return self._biased(y, 1.0), kept
 
     def products(
@@ -84,19 +82,21 @@ class DoraGroup(Group):
     ) -> torch.Tensor:
         scale = _row(kept, 0)
         z = kept.output if kept.output is not None else self._base(x, kept)[0]
-        if out is not None and not self.adapted.dropout:
-            return self._biased(out.addcmul_(z, scale, value=factor), factor)
-        y = _times(z, scale)
         if self.adapted.dropout:
+            y = self._columns(z, scale)
             self._add_undropped(y, x, kept)
-        return self._biased(self._added(out, y, factor), factor)
+            return self._biased(self._added(out, y, factor), factor)
+        if out is not None:
+            self.ops.scaling.scale_columns(z, scale, out, factor, True)
+            return self._biased(out, factor)
+        return self._biased(self._columns(z, scale, z if kept.output is None else None, factor), factor)
 
     def knowing(self, kept: Kept, output: torch.Tensor) -> Kept:
         """``kept`` with y [tokens, out_features], from which z follows."""
         return kept if self.adapted.dropout else kept._replace(output=output)
 
-    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor | None, Kept]:
-        """z (None where only the scales are needed now) and what the backward keeps."""
+    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+        """z and what the backward keeps."""
         kept = super().adapters(x)
         z, scale = self._base(x, kept)
         kept = kept._replace(scale=scale)
@@ -107,44 +107,55 @@ class DoraGroup(Group):
         z = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
         parts = self._weights()
         start = self.adapted.add(z, kept, False, 1.0)
-        for weight, rows in parts:
+        for weight, rows, _ in parts:
             z[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
         scale = self._scales(parts, kept) if kept.scale is None else kept.scale
         return z, scale
 
-    def _scales(self, parts: list[tuple[torch.Tensor, slice]], kept: Kept) -> torch.Tensor:
+    def _columns(
+        self, x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None, factor: float = 1.0
+    ) -> torch.Tensor:
+        """factor · x with scaled columns, in ``out`` (which may be x) or a new tensor."""
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device) if out is None else out
+        self.ops.scaling.scale_columns(x, scale, out, factor)
+        return out
+
+    def _rows(self, x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x with scaled rows, in ``out`` (which may be x) or a new tensor."""
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device) if out is None else out
+        self.ops.scaling.scale_rows(x, scale, out)
+        return out
+
+    def _scales(self, parts: list[Weight], kept: Kept) -> torch.Tensor:
         """(c, n) [2, out_features] fp32; c and n are 1 in rows without magnitudes."""
         assert kept.a is not None
         assert kept.b is not None
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        a, b = kept.a.to(wide), kept.b.to(wide)
         s = self.adapted.scaling
-        factors = b.new_ones(self.out_features) if s is None else b.new_full((), s)
-        if s is None:
+        b = kept.b.to(wide, copy=s is None)
+        if s is None:  # a factor per projection: in its columns of B
             for block in self.adapted.blocks:
-                factors[block.rows] = block.projection.scaling
-        wa = b.new_empty(self.out_features, self.adapted.rank)
-        for weight, rows in parts:
-            wa[rows] = mm(weight, kept.a.t(), wide)
-        squares = self._squares(parts, wide).clone()
-        cross = (wa * b).sum(1)
-        update = ((b @ (a @ a.t())) * b).sum(1)
-        n = squares.add_(cross * (2 * factors)).add_(update * factors**2).clamp_min_(0).sqrt_()
-        scale = torch.stack((torch.ones_like(n), n))
+                b[:, block.columns].mul_(block.projection.scaling)
+            s = 1.0
+        wa = [mm(weight.matrix, kept.a.t(), wide) for weight in parts]
+        product = wa[0] if len(wa) == 1 else torch.cat(wa)
+        product.addmm_(b, mm(kept.a, kept.a.t(), wide), beta=2, alpha=s)  # 2 W Aᵀ + s B A Aᵀ
+        change = product.mul_(b).sum(1)
+        magnitudes = [b.new_ones(p.shape[0]) if p.magnitude is None else p.magnitude.detach() for p in self.projections]
+        scale = torch.cat([*(m.to(wide) for m in magnitudes), self._squares(parts, wide)]).view(2, -1)
+        n = scale[1].add_(change, alpha=s).clamp_min_(0).sqrt_()
         row = 0
         for p in self.projections:
-            rows = slice(row, row + p.shape[0])
             if p.magnitude is None:
-                scale[1, rows] = 1.0
-            else:
-                scale[0, rows] = p.magnitude.detach() / n[rows]
+                n[row : row + p.shape[0]] = 1.0
             row += p.shape[0]
+        scale[0].div_(n)
         return scale
 
-    def _squares(self, parts: list[tuple[torch.Tensor, slice]], wide: torch.dtype) -> torch.Tensor:
+    def _squares(self, parts: list[Weight], wide: torch.dtype) -> torch.Tensor:
         """||W||² of the rows [out_features]: they are those of frozen weights, and taken again where those change."""
         owner = self.projections[0].owner
-        device = parts[0][0].device
+        device = parts[0].matrix.device
         # A recorded graph neither reads what this may free later, nor leaves here what lies in its own memory.
         recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or recorded:
@@ -154,7 +165,7 @@ class DoraGroup(Group):
         if known is not None and known.state == state and known.dtype == self.dtype:
             return known.squares
         squares = torch.empty(self.out_features, dtype=wide, device=device)
-        for weight, rows in parts:
+        for weight, rows, _ in parts:
             torch.linalg.vector_norm(weight, dim=1, dtype=wide, out=squares[rows])
         squares.square_()
         if owner is not None:
@@ -175,14 +186,14 @@ class DoraGroup(Group):
         return kept._replace(output=z)
 
     def _each(
-        self, parts: list[tuple[torch.Tensor, slice]], masks: Sequence[torch.Tensor | None]
+        self, parts: list[Weight], masks: Sequence[torch.Tensor | None]
     ) -> list[tuple[torch.Tensor, slice, torch.Tensor | None, Projection]]:
         """(weight, rows of y, dropout mask, projection) of every projection."""
         mask_of = {id(block.projection): mask for block, mask in zip(self.adapted.blocks, masks)}
         found, row = [], 0
         for p in self.projections:
             rows = slice(row, row + p.shape[0])
-            weight, whole = next((w, r) for w, r in parts if r.start <= rows.start and rows.stop <= r.stop)
+            weight, whole = next((w, r) for w, r, _ in parts if r.start <= rows.start and rows.stop <= r.stop)
             found.append((weight[rows.start - whole.start : rows.stop - whole.start], rows, mask_of.get(id(p)), p))
             row += p.shape[0]
         return found
@@ -199,7 +210,7 @@ class DoraGroup(Group):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         scale = _row(kept, 0)
         assert kept.b is not None
-        gb = self.adapted.scaled_gb(g, kept._replace(b=_times(kept.b, scale[:, None])))
+        gb = self.adapted.scaled_gb(g, kept._replace(b=self._rows(kept.b, scale)))
         if not needs_dx:
             return None, gb
         assert gb is not None
@@ -207,11 +218,11 @@ class DoraGroup(Group):
             return self._dropped_dx(g, gb, kept), gb
         scale_weight = len(g) > self.in_features  # which is smaller than g then
         dx = self.adapted.dx(gb, kept)
-        for weight, rows in self._weights():
+        for weight, rows, decoded in self._weights():
             if scale_weight:
-                dx.addmm_(g[:, rows], _times(weight, scale[rows, None]))
+                dx.addmm_(g[:, rows], self._rows(weight, scale[rows], weight if decoded else None))
             else:
-                dx.addmm_(_times(g[:, rows], scale[rows]), weight)
+                dx.addmm_(self._columns(g[:, rows], scale[rows]), weight)
         return dx, gb
 
     def _dropped_dx(self, g: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
@@ -220,10 +231,10 @@ class DoraGroup(Group):
         for weight, rows, mask, p in self._each(self._weights(), kept.masks):
             part = g[:, rows]
             if mask is None:
-                dx.addmm_(_times(part, scale[rows]), weight)
+                dx.addmm_(self._columns(part, scale[rows]), weight)
             else:
                 dx.addmm_(part, weight)
-                dx.add_(undrop(_times(part, scale[rows] - 1) @ weight, mask, p.dropout))
+                dx.add_(undrop(self._columns(part, scale[rows] - 1) @ weight, mask, p.dropout))
         return dx
 
     def parameter_gradients(
@@ -248,6 +259,8 @@ class DoraGroup(Group):
         assert kept.output is not None
         known = self.output_known and not self.adapted.dropout  # then kept.output is y = c z + bias
         dots = self.ops.column_dots.column_dots(g, kept.output)
+        if not known:
+            dots = dots / norm
         row = 0
         for i, p in enumerate(self.projections):
             rows = slice(row, row + p.shape[0])
@@ -255,20 +268,16 @@ class DoraGroup(Group):
             if p.magnitude is None or not needs[i]:
                 continue
             part = dots[rows]
-            if known and p.bias is not None:
-                part = part - p.bias.detach() * g[:, rows].sum(0, dtype=part.dtype)
-            part = part / (p.magnitude.detach() if known else norm[rows])
+            if known:
+                if p.bias is not None:
+                    part = part - p.bias.detach() * g[:, rows].sum(0, dtype=part.dtype)
+                part = part / p.magnitude.detach()
             grads[PER_PROJECTION * len(self.projections) + i] = part.to(p.magnitude.dtype)
 
 
 def _row(kept: Kept, i: int) -> torch.Tensor:
     assert kept.scale is not None
     return kept.scale[i]
-
-
-def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x · scale, computed in the wider dtype and rounded once to that of x."""
-    return torch.mul(x, scale, out=torch.empty_like(x))
 
 
 __all__ = ["DoraGroup"]

@@ -7,6 +7,7 @@ no pass over y of its own; likewise in dx = g W + s · (g B) A.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,14 @@ from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.matmul import mm
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
 from fastplug.ops.table import OpTable
+
+
+class Weight(NamedTuple):
+    """A dense base weight in the compute dtype, its rows of y, and whether it was decoded into a buffer of its own."""
+
+    matrix: torch.Tensor
+    rows: slice
+    decoded: bool
 
 
 class Group:
@@ -67,7 +76,7 @@ class Group:
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
         start = self.adapted.add(out, kept, start, factor)
-        for weight, rows in self._weights():
+        for weight, rows, _ in self._weights():
             out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         return self._biased(out, factor)
 
@@ -105,7 +114,7 @@ class Group:
         start = dx is not None
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
-        for weight, rows in self._weights():
+        for weight, rows, _ in self._weights():
             dx.addmm_(g[:, rows], weight, beta=1 if start else 0)
             start = True
         return dx, gb
@@ -157,18 +166,18 @@ class Group:
         stored = [p.read().tensors[0] for p in self.projections]
         return [(tensor.data_ptr(), tensor._version) for tensor in stored]
 
-    def _weights(self) -> list[tuple[torch.Tensor, slice]]:
-        """Dense weights in the compute dtype with their rows of y: one for all that had to be decoded together."""
+    def _weights(self) -> list[Weight]:
+        """The dense weights: one for all that had to be decoded together."""
         encoded = [p.read() for p in self.projections]
         if any(not weight.stored_densely for weight in encoded) and encoded[0].tensors[0].device.type != "cpu":
-            return [(self.decoded(), slice(0, self.out_features))]  # a CPU gains nothing by one product
+            return [Weight(self.decoded(), slice(0, self.out_features), True)]  # a CPU gains nothing by one product
         parts, row = [], 0
         for weight in encoded:
-            matrix = weight.dense(self.dtype)
+            stored = matrix = weight.dense(self.dtype)
             if matrix is None:
                 matrix = torch.empty(weight.shape, dtype=self.dtype, device=weight.tensors[0].device)
                 weight.decode(matrix, self.ops)
-            parts.append((matrix, slice(row, row + len(matrix))))
+            parts.append(Weight(matrix, slice(row, row + len(matrix)), stored is None))
             row += len(matrix)
         return parts
 

@@ -1,0 +1,1 @@
+"""Scaling the columns or the rows of a matrix: DoRA's magnitudes, forward and backward."""
