@@ -24,13 +24,16 @@ class Fingerprint:
         for state in owners:
             tensors.extend(value for value in state.values() if isinstance(value, torch.Tensor))
         self._tensors = [(tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+        # What was derived from a frozen weight (its FP8 form) is made anew, elsewhere, once the weight was written to.
+        self._frozen = [(p, p._version) for p in layer.parameters() if not p.requires_grad and not p.is_inference()]
 
     def holds(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is the one of the snapshot (no copy or replica of it), and nothing has changed since."""
         if self._states[0][0] is not layer.__dict__:
             return False
         try:
-            return all(state == before for state, before in self._states) and self.pointers_hold()
+            same = all(state == before for state, before in self._states) and self.pointers_hold()
+            return same and all(frozen._version == version for frozen, version in self._frozen)
         except RuntimeError:  # a tensor took the place of another, and their comparison has no truth value
             return False
 

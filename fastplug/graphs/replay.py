@@ -29,6 +29,9 @@ SHARE = 0.25  # of the memory that is free when recording begins
 # Where the matrix products of a layer alone take longer than Python needs to launch it, a graph gains nothing: 6 ms, at
 # the 400 TFLOP/s that an H100 reaches in bf16. Slower GPUs hide the launches sooner.
 FLOPS = 400e12 * 6e-3
+# In FP8 products take half the time, and what quantizes adds launches; computing again what was not kept adds as many
+# as the forward has. Keeping is another matter: the recordings of long steps would hold all activations for good.
+FP8_AGAIN = 4
 INPUTS = {"hidden_states", "position_embeddings", "attention_mask", "mlp_memory"}
 HARMLESS = {"position_ids", "cache_position", "use_cache"}  # not read without a cache, under a mask of this kind
 CACHES = {"past_key_values", "past_key_value"}
@@ -173,7 +176,8 @@ def _graph(
     if state is None:
         state = binding.graphs = LayerState.of(layer)
     batch, length = kwargs["hidden_states"].shape[:2]
-    short = 4 * batch * length * state.weights <= FLOPS or binding.runtime.options.graphs == "on"
+    limit = FLOPS * (FP8_AGAIN if key[0] == "checkpointed" and _fp8(binding) else 1)
+    short = 4 * batch * length * state.weights <= limit or binding.runtime.options.graphs == "on"
     if state.off or not short:
         return None
     if not state.fingerprint.holds(layer):
@@ -194,6 +198,11 @@ def _graph(
     else:
         known.append(graph)
     return graph
+
+
+def _fp8(binding: Binding) -> bool:
+    """Whether products are in FP8, without a memory budget: plans count recordings of short steps only."""
+    return binding.runtime.options.compute != "exact" and binding.memory is None
 
 
 def _fitting(known: list[LayerGraph], length: int) -> LayerGraph | None:

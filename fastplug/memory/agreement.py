@@ -35,12 +35,9 @@ def group_of(layer: nn.Module) -> Any:
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module  # type: ignore[attr-defined]
     if ddp is not None:
         return None if ddp._join_config.enable else ddp.process_group
-    return dist.group.WORLD if sharded(layer) else None
-
-
-def sharded(layer: nn.Module) -> bool:
-    """Whether FSDP, of either version, holds the layer's weights in parts."""
-    return getattr(layer, "_is_fsdp_managed_module", False) or own_class(type(layer)) is not type(layer)
+    if getattr(layer, "_is_fsdp_managed_module", False) or own_class(type(layer)) is not type(layer):
+        return dist.group.WORLD
+    return None
 
 
 def highest(values: Sequence[float], device: torch.device, group: Any) -> list[float]:
@@ -53,4 +50,4 @@ def highest(values: Sequence[float], device: torch.device, group: Any) -> list[f
     return [float(value) for value in tensor.tolist()]
 
 
-__all__ = ["due", "group_of", "highest", "sharded"]
+__all__ = ["due", "group_of", "highest"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import time
 import weakref
@@ -12,6 +10,8 @@ from typing import Protocol
 
 import torch
 from torch import nn
+
+from fastplug.memory.allocator import Allocator
 
 CONTEXT = 512 * 2**20  # of a CUDA process on an H100, where the device itself cannot tell
 CONTEXT_MOST = 2**30  # what is measured above this belongs to other processes
@@ -54,14 +54,17 @@ class Meter(Protocol):
     def mark(self) -> Mark:
         """A moment in the stream of work given to the device so far."""
 
-    def limit(self, size: int | None) -> None:
-        """Make the allocator reserve ``size`` bytes at most; None gives back the limit that was there before."""
+    def limit(self, size: int) -> None:
+        """Make the allocator reserve ``size`` bytes at most."""
+
+    def expand(self) -> bool:
+        """Make the allocator put scattered pieces of free memory together where one is needed; whether it does."""
+
+    def restore(self) -> None:
+        """Give back the allocator's limit and settings that were there before."""
 
     def release(self) -> None:
         """Give cached blocks back to the device."""
-
-    def reserve(self, size: int) -> None:
-        """Put one block of ``size`` bytes into the allocator's cache, if the device has it."""
 
 
 class _Event:
@@ -81,8 +84,7 @@ class CUDAMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._before = 1.0  # the limit that was there
-        self._restore: weakref.finalize[[], CUDAMeter] | None = None  # also for a model that is dropped, not undone
+        self._allocator = Allocator(device, self.total())
 
     def total(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[1])
@@ -110,27 +112,17 @@ class CUDAMeter:
     def mark(self) -> Mark:
         return _Event(self.device)
 
-    def limit(self, size: int | None) -> None:
-        """A setting of the process: PyTorch has one limit for each device."""
-        limit = torch.cuda.set_per_process_memory_fraction
-        if size is None:
-            if self._restore is not None:
-                self._restore()
-                self._restore = None
-            return
-        if self._restore is None:
-            read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-            self._before = float(read(self.device)) if read is not None else 1.0
-            self._restore = weakref.finalize(self, functools.partial(limit, self._before, self.device))
-            self._restore.atexit = False
-        limit(float(min(self._before, max(size, 0) / self.total())), self.device)
+    def limit(self, size: int) -> None:
+        self._allocator.limit(size)
+
+    def expand(self) -> bool:
+        return self._allocator.expand()
+
+    def restore(self) -> None:
+        self._allocator.restore()
 
     def release(self) -> None:
         torch.cuda.empty_cache()
-
-    def reserve(self, size: int) -> None:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            torch.empty(size, dtype=torch.uint8, device=self.device)
 
 
 class _Moment:
@@ -178,13 +170,16 @@ class HostMeter:
     def mark(self) -> Mark:
         return _Moment()
 
-    def limit(self, size: int | None) -> None:
+    def limit(self, size: int) -> None:
+        pass
+
+    def expand(self) -> bool:
+        return False
+
+    def restore(self) -> None:
         pass
 
     def release(self) -> None:
-        pass
-
-    def reserve(self, size: int) -> None:
         pass
 
 

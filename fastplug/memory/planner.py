@@ -33,6 +33,7 @@ from fastplug.patching.sites import KEY, Site
 
 logger = logging.getLogger("fastplug")
 GAIN = 0.99  # of the present plan's time that another one has to stay below: each change unsettles the allocator
+TIGHT = 0.9  # of its budget that a plan needs for scattered free memory to matter
 RECORDED = 0.5  # CUDA graphs hold what their layers keep for good: only where a plan needs no more of its budget
 Shape = tuple[int, int]  # batch, and length on the grid
 Costs = tuple[LayerCosts, ...]
@@ -162,16 +163,15 @@ class Planner:
                 self._release()  # blocks of the sizes that the last plans needed
         if due:
             self._limit(stock.meter)
-        new = shape not in self.plans
-        if new:
+        if shape not in self.plans:
             self.plans[shape] = self._make(shape)
         elif shape not in self._costs:  # a saved plan
             self._costs[shape] = dict(self._reading.estimates(*shape))[self.plans[shape].tile_rows].layers
         self.plan = plan = self.plans[shape]
         self.records = self.options.memory in FORCED or plan.total <= RECORDED * plan.budget
         stock.predicted = max(stock.predicted, plan.allocated)
-        if (new or due) and not self.agreed.caution and not agreement.sharded(layer):
-            stock.reserve(plan, self._release)
+        if plan.total >= TIGHT * plan.budget:
+            stock.expand()
 
     def _agree_on_pins(self, device: torch.device, group: Any) -> None:
         """Follow saved plans where all ranks have the same ones; every rank must call this."""
@@ -300,9 +300,9 @@ class Planner:
     # --- around ---
 
     def close(self) -> None:
-        """Give back the allocator's limit."""
+        """Give back the allocator's limit and settings."""
         if self.meter is not None:
-            self.meter.limit(None)
+            self.meter.restore()
 
     def describe(self) -> dict[str, Any]:
         """The plan for the report, as plain values."""

@@ -234,6 +234,22 @@ def test_what_changes_is_not_replayed(device: torch.device, name: str, change: C
                 assert relative(ours.grad, theirs.grad) <= BOUND, where
 
 
+def test_a_layer_whose_frozen_weight_was_written_to_is_another(device: torch.device) -> None:
+    _, replayed = pair(device)
+    train(replayed, [batch(device)] * 4)
+    layer, other = layers(replayed)
+    prints = [part.__dict__[KEY].graphs.fingerprint for part in (layer, other)]
+    with torch.no_grad():
+        for p in layer.parameters():
+            if p.requires_grad:
+                p.mul_(2)  # as an optimizer's step does
+    assert prints[0].holds(layer)
+    layer.mlp.up_proj.base_layer.weight.data.mul_(2)
+    layer.mlp.up_proj.base_layer.weight.detach().mul_(1)
+    assert not prints[0].holds(layer)
+    assert prints[1].holds(other)
+
+
 def test_a_disabled_adapter_is_not_replayed(device: torch.device) -> None:
     eager, replayed = pair(device)
     for model in (eager, replayed):

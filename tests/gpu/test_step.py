@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import fastplug
+from fastplug.graphs import replay
+from fastplug.patching.sites import KEY
 
 pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -58,6 +60,11 @@ def build(kind: str = "qlora", family: str = "Llama", layers: int = 3, width: in
 def tokens(rows: int = 2, length: int = 256, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator).cuda()
+
+
+def weights(model: Any) -> int:
+    """Elements of the first decoder layer's matrices, as recording counts them."""
+    return replay._weights(model.get_base_model().model.layers[0])
 
 
 def gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -119,6 +126,28 @@ def test_replayed_layers_give_the_same_gradients(kind: str, checkpointing: bool)
     assert set(eager) == set(replayed)
     for name in eager:
         assert torch.nn.functional.cosine_similarity(eager[name].flatten(), replayed[name].flatten(), 0) > 0.999, name
+
+
+@pytest.mark.parametrize("compute", ["fp8", "fp8_backward"])
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_long_checkpointed_layers_are_replayed_in_fp8_to_the_same_bits(
+    kind: str, compute: Any, deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(kind)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    found, x = {}, tokens(2, 512)
+    for graphs in ("off", "auto"):
+        monkeypatch.setattr(replay, "FLOPS", 0.0 if graphs == "off" else 4 * x.numel() * weights(model) / 2)
+        applied = fastplug.apply(model, compute=compute, graphs=graphs)
+        for _ in range(4):
+            found[graphs] = gradients(model, x)
+        layer = model.get_base_model().model.layers[0]
+        assert bool(layer.__dict__[KEY].graphs and layer.__dict__[KEY].graphs.graphs) == (graphs == "auto")
+        applied.undo()
+    assert found["off"].keys() == found["auto"].keys()
+    for name, value in found["off"].items():
+        assert torch.equal(value, found["auto"][name]), name
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])

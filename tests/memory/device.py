@@ -31,20 +31,21 @@ class Device:
     Attributes:
         others: Bytes that other processes hold.
         clock: Milliseconds that pass between two marks; None: the device never gets there, so nothing is measured.
-        limits: What the allocator was limited to, in order.
-        blocks: Sizes of the blocks that were reserved.
+        limits: What the allocator was limited to, in order; None where that was given back.
+        expands: Whether the allocator puts scattered pieces of free memory together, once it is asked to.
+        expanded: How often it was asked.
     """
 
     def __init__(self, model: Any, total: int, context: int = MiB // 8) -> None:
         self._host = HostMeter(model)
         self._total, self._context = total, context
-        self.others, self.retried, self._cached = 0, 0, 0
+        self.others, self.retried = 0, 0
         self.clock: float | None = None
         self._now = 0.0
         self.highest: tuple[int, int] = (0, 0)
         self.limits: list[int | None] = []
         self.released = 0
-        self.blocks: list[int] = []
+        self.expands, self.expanded = False, 0
 
     def total(self) -> int:
         return self._total
@@ -56,7 +57,7 @@ class Device:
         return self._context
 
     def reserved(self) -> int:
-        return self._host.allocated() + self._cached
+        return self._host.allocated()
 
     def allocated(self) -> int:
         return self._host.allocated()
@@ -71,16 +72,18 @@ class Device:
         self._now += self.clock or 0.0
         return Moment(None if self.clock is None else self._now)
 
-    def limit(self, size: int | None) -> None:
+    def limit(self, size: int) -> None:
         self.limits.append(size)
+
+    def expand(self) -> bool:
+        self.expanded += 1
+        return self.expands
+
+    def restore(self) -> None:
+        self.limits.append(None)
 
     def release(self) -> None:
         self.released += 1
-        self._cached = 0
-
-    def reserve(self, size: int) -> None:
-        self.blocks.append(size)
-        self._cached += size
 
 
 def gradients(model: Any, batch: dict[str, torch.Tensor], seed: int = 7) -> dict[str, torch.Tensor]:
