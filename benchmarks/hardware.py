@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,11 @@ def hardware() -> dict[str, str | int | float]:
             "cuda": str(torch.version.cuda),
         }
     return found
+
+
+def called(benchmark: str) -> str:
+    """How a benchmark was called, without the folders of this machine."""
+    return " ".join([f"python -m benchmarks.{benchmark}", *(os.path.basename(part) or part for part in sys.argv[1:])])
 
 
 def _cpu() -> str:

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hardware import ROOT, hardware, versions
+from benchmarks.hardware import ROOT, called, hardware, versions
 from benchmarks.shapes import SHAPES, config
 
 LOADERS = ("transformers", "fastplug")
@@ -223,7 +223,7 @@ def run(a: argparse.Namespace, folder: Path) -> None:
     if a.out:
         record = {
             "shape": a.shape, "layers": a.layers, "stored_bytes": stored, "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join(["python -m benchmarks.loading", *sys.argv[1:]]), "hardware": hardware(),
+            "command": called("loading"), "hardware": hardware(),
             "versions": versions(), "differ": differ, "verdicts": said,
             "compared": sorted(results[0].get("digests", {})),
             "results": [{k: v for k, v in r.items() if k != "digests"} for r in results],

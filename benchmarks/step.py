@@ -30,7 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hardware import hardware, versions
+from benchmarks.hardware import called, hardware, versions
 from benchmarks.measure import Effort
 from benchmarks.pool import Pool, key
 from benchmarks.report import brief, check, oracle, table
@@ -137,7 +137,7 @@ def record(a: argparse.Namespace, results: list[dict[str, Any]], seconds: float)
         "layers": a.layers,
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds),
-        "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
+        "command": called("step"),
         "hardware": hardware(),
         "versions": versions(),
         "results": [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import weakref
 
 import torch
@@ -56,7 +57,8 @@ class Allocator:
         chosen = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
         if EXPANDABLE in chosen or _configure is None or os.name == "nt" or torch.version.hip is not None:
             return False
-        if torch.cuda.get_allocator_backend() != "native":
+        # Memory pools, in which vLLM's sleep mode keeps weights and caches, do not go with them: pytorch issue 147851.
+        if torch.cuda.get_allocator_backend() != "native" or "vllm" in sys.modules:
             return False
         # Some versions take what is not named for the default.
         on, off = (",".join(filter(None, (chosen, f"{EXPANDABLE}:{value}"))) for value in (True, False))

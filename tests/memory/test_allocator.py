@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from typing import Any
 
@@ -72,6 +73,12 @@ def test_where_they_do_not_work_they_are_turned_off(asked: list[str], monkeypatc
 
 def test_another_allocator_is_left_alone(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert not Allocator(CPU, 2**30).expand()
+    assert asked == []
+
+
+def test_beside_vllm_they_stay_off(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
     assert not Allocator(CPU, 2**30).expand()
     assert asked == []
 
