@@ -171,7 +171,7 @@ class Planner:
         self.records = self.options.memory in FORCED or plan.total <= RECORDED * plan.budget
         stock.predicted = max(stock.predicted, plan.allocated)
         if plan.total >= TIGHT * plan.budget:
-            stock.expand()
+            stock.meter.expand()
 
     def _agree_on_pins(self, device: torch.device, group: Any) -> None:
         """Follow saved plans where all ranks have the same ones; every rank must call this."""

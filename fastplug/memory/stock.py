@@ -11,7 +11,6 @@ from torch import nn
 from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, amount
 from fastplug.memory.calibration import Agreed, Calibration
-from fastplug.memory.estimate import SLACK
 from fastplug.memory.host_memory import RESERVE
 from fastplug.memory.host_memory import available as host_available
 from fastplug.memory.meter import Meter
@@ -24,7 +23,6 @@ HOST_SHARE = 0.8  # of the host's free memory that may be pinned: data loaders a
 CAUTION = 0.8  # of memory that proved not to be needed is planned with
 YOUNG, GROWTH = 4, 96 * 2**20  # in the first forwards, kernels have yet to be loaded into the CUDA context
 YOUNG_SHARE = 0.05  # of a budget that is left unused meanwhile
-EXPANDED = 0.02  # is the slack where the allocator's segments can expand: 0.1 to 1.2% were measured on an H100
 SLACK_STEP, SLACK_MOST = 0.02, 0.2  # more is left unplanned when the allocator keeps giving blocks back
 
 
@@ -59,7 +57,6 @@ class Stock:
         self._assumed = 0  # bytes of the optimizer's states that are planned for and not there yet
         self._peak_before = (0, 0)
         self._retries = meter.retries()
-        self._expanded, self._more = False, 0.0  # slack that was added
 
     def take(self, known: Agreed | None, x: torch.Tensor, waiting: int, forwards: int) -> Agreed:
         """The present numbers.
@@ -116,16 +113,10 @@ class Stock:
         found = peak[0] - (self.predicted - self._assumed)
         return so_far + (found if found > 0 else int(found * CAUTION))
 
-    def expand(self) -> None:
-        """Scattered pieces of free memory can serve as one from now on, where the allocator can do that."""
-        if not self._expanded and self.meter.expand():
-            self._expanded, self._more = True, 0.0
-
     def _slack(self, known: Agreed | None) -> float:
+        so_far = Agreed.slack if known is None else known.slack
         retries, self._retries = self.meter.retries() - self._retries, self.meter.retries()
-        if known is not None and retries > 0:
-            self._more += SLACK_STEP
-        return min((EXPANDED if self._expanded else SLACK) + self._more, SLACK_MOST)
+        return min(so_far + SLACK_STEP, SLACK_MOST) if known is not None and retries > 0 else so_far
 
     def _gradients(self) -> int:
         found = [p.grad for p in (reference() for reference in self._trained) if p is not None and p.grad is not None]

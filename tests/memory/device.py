@@ -32,8 +32,7 @@ class Device:
         others: Bytes that other processes hold.
         clock: Milliseconds that pass between two marks; None: the device never gets there, so nothing is measured.
         limits: What the allocator was limited to, in order; None where that was given back.
-        expands: Whether the allocator puts scattered pieces of free memory together, once it is asked to.
-        expanded: How often it was asked.
+        expanded: Whether the allocator was asked to put scattered pieces of free memory together.
     """
 
     def __init__(self, model: Any, total: int, context: int = MiB // 8) -> None:
@@ -45,7 +44,7 @@ class Device:
         self.highest: tuple[int, int] = (0, 0)
         self.limits: list[int | None] = []
         self.released = 0
-        self.expands, self.expanded = False, 0
+        self.expanded = False
 
     def total(self) -> int:
         return self._total
@@ -76,8 +75,8 @@ class Device:
         self.limits.append(size)
 
     def expand(self) -> bool:
-        self.expanded += 1
-        return self.expands
+        self.expanded = True
+        return True
 
     def restore(self) -> None:
         self.limits.append(None)

@@ -85,7 +85,7 @@ def test_beside_vllm_they_stay_off(asked: list[str], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 def test_under_a_budget_that_is_filled_little_is_reserved_beyond_tensors() -> None:
-    """Tight: the layers keep what they can. What is free in scattered pieces serves as one, so 2% is enough."""
+    """The layers keep what they can. What is free in scattered pieces serves as one, so little of it is of no use."""
     model = models.lora(models.plain(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6)).bfloat16().cuda()
     batch = {name: value.cuda() for name, value in models.batch(8, 2048).items()}
     applied = fastplug.apply(model, memory="keep", graphs="off")
