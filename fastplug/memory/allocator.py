@@ -16,7 +16,7 @@ EXPANDABLE = "expandable_segments"
 _configure = getattr(
     torch._C,
     "_accelerator_setAllocatorSettings",
-    getattr(torch._C, "_cuda_cudaCachingAllocator_set_allocator_settings", None),  # before torch 2.10
+    getattr(torch._C, "_cuda_cudaCachingAllocator_set_allocator_settings", None),  # in older versions
 )
 
 
