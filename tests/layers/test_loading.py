@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,14 +149,17 @@ def test_loading_needs_the_quantized_model_and_one_tensor(tmp_path):
             parameter.fill_(0.01)
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    out = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    # glibc keeps freed blocks below this threshold, which it raises as it goes: up to 45 MB of them, or none.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     peak, size = map(int, out.stdout.split())
     if peak < 0:
         pytest.skip("the peak of the resident memory cannot be measured here")
     assert stored > 100e6
     assert size < 0.3 * stored
     largest = 1024 * 2816 * 2
-    assert peak < size + largest + (48 << 20)  # for what the allocator keeps
+    assert peak < size + largest + (6 << 20)
 
 
 def test_stored_tensors_that_transformers_joins(tmp_path):
