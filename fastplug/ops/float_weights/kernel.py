@@ -68,22 +68,24 @@ def _kernel(
     first = tl.program_id(1) * BW
     word = first + tl.arange(0, BW)
     row_mask = local < rows
-    mask = row_mask[:, None] & (word < words_in_row)[None, :]  # in words, so that the compiler can load several at once
-    k = word[None, :, None] * E + tl.arange(0, E)[None, None, :]
-    words = tl.load(codes_ptr + n.to(tl.int64)[:, None] * code_n + word[None, :], mask=mask, other=0).to(tl.int32)
+    # Tiles are [words, rows, values of a word]: neighbouring threads get neighbouring words, and so store whole
+    # stretches of a row. The mask is in words, so that the compiler can load several at once.
+    mask = (word < words_in_row)[:, None] & row_mask[None, :]
+    k = word[:, None, None] * E + tl.arange(0, E)[None, None, :]
+    words = tl.load(codes_ptr + n.to(tl.int64)[None, :] * code_n + word[:, None], mask=mask, other=0).to(tl.int32)
     code = (words[:, :, None] >> (tl.arange(0, E)[None, None, :] * 4)) & 15 if E > 1 else words[:, :, None] & 255
     if WIDE % (BW * E) == 0:
-        group, scale_mask = first * E // WIDE + tl.zeros([1, 1], tl.int32), row_mask[:, None]
+        group, scale_mask = first * E // WIDE + tl.zeros([1, 1], tl.int32), row_mask[None, :]
     else:
-        group, scale_mask = (word * E // WIDE)[None, :], mask
-    at = scales_ptr + (n // HIGH).to(tl.int64)[:, None] * scale_n + group.to(tl.int64) * scale_g
+        group, scale_mask = (word * E // WIDE)[:, None], mask
+    at = scales_ptr + (n // HIGH).to(tl.int64)[None, :] * scale_n + group.to(tl.int64) * scale_g
     scale = tl.load(at, mask=scale_mask, other=0)
     scale = scale.to(tl.float32) if SCALE == 0 else _float32(scale.to(tl.int32), SCALE)
     if outer_ptr is not None:
         outer = tl.load(outer_ptr)
         scale = tl.div_rn(scale, outer + tl.zeros_like(scale)) if DIVIDE else scale * outer
     value = _float32(code, VALUE) * scale[:, :, None]
-    target = out_ptr + local.to(tl.int64)[:, None, None] * (out_stride * UNIT) + k
+    target = out_ptr + local.to(tl.int64)[None, :, None] * (out_stride * UNIT) + k
     tl.store(target, value.to(out_ptr.dtype.element_ty), mask=mask[:, :, None])
 
 

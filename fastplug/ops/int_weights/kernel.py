@@ -2,7 +2,9 @@
 
 Two kernels. In ``_along_k`` the codes of a word are neighbours in a row, in ``_along_n`` they belong to different rows.
 Each loads a tile of words, the memory's way round, and stores a tile of the weight in rows. Where a tile lies within
-one group of columns, which is so for all common group sizes, a row of it needs one scale.
+one group of columns, which is so for all common group sizes, a row of it needs one scale. Tiles of ``_along_k`` are
+[words, rows, codes of a word]: of several dimensions as good as each other the compiler gives neighbouring threads
+the first, and these store whole stretches of a row so.
 
 Every operation is rounded to the dtype of the scales, as PyTorch rounds it, and none is contracted: the result is that
 of the owning library, bit for bit.
@@ -136,30 +138,30 @@ def _along_k(
     first = tl.program_id(1) * BW
     word = first + tl.arange(0, BW)
     row_mask = local < rows
-    there = row_mask[:, None] & (word < words_in_row)[None, :]  # in words, so that several can be loaded at once
-    mask = row_mask[:, None] & (word * E < K)[None, :]
+    there = (word < words_in_row)[:, None] & row_mask[None, :]  # in words, so that several can be loaded at once
+    mask = (word * E < K)[:, None] & row_mask[None, :]
     e = tl.arange(0, E)[None, None, :]
-    k = word[None, :, None] * E + e
+    k = word[:, None, None] * E + e
     row_ptr = codes_ptr + n.to(tl.int64) * code_n
     if E * BITS == WIDTH:
-        words = tl.load(row_ptr[:, None] + word.to(tl.int64)[None, :] * code_w, mask=there, other=0).to(tl.int32)
+        words = tl.load(row_ptr[None, :] + word.to(tl.int64)[:, None] * code_w, mask=there, other=0).to(tl.int32)
         code = (words[:, :, None] >> (e * BITS)) & ((1 << BITS) - 1)
     else:
-        code = _stream(row_ptr[:, None, None], k * BITS, code_w, mask[:, :, None], BITS, WIDTH)
+        code = _stream(row_ptr[None, :, None], k * BITS, code_w, mask[:, :, None], BITS, WIDTH)
     if g_idx_ptr is not None:
         group = tl.load(g_idx_ptr + k, mask=k < K, other=0)
-        at, group_mask = n[:, None, None], mask[:, :, None]
+        at, group_mask = n[None, :, None], mask[:, :, None]
     elif GROUP % (BW * E) == 0:
         group = first * E // GROUP + tl.zeros([1, 1, 1], tl.int32)
-        at, group_mask = n[:, None, None], row_mask[:, None, None]
+        at, group_mask = n[None, :, None], row_mask[None, :, None]
     else:
         group = k // GROUP
-        at, group_mask = n[:, None, None], mask[:, :, None]
+        at, group_mask = n[None, :, None], mask[:, :, None]
     value = _weight(
         code, at, group, group_mask, scales_ptr, zeros_ptr, scale_n, scale_g, zero_n, zero_g, period, factor,
         BITS, SIGN, PACKED_ZEROS, PLUS_ONE, False, ADD, SCALED, WRAP,
     )  # fmt: skip
-    target = out_ptr + local.to(tl.int64)[:, None, None] * (out_stride * UNIT) + k
+    target = out_ptr + local.to(tl.int64)[None, :, None] * (out_stride * UNIT) + k
     tl.store(target, value.to(out_ptr.dtype.element_ty), mask=mask[:, :, None])
 
 
