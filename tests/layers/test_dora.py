@@ -155,8 +155,11 @@ def test_without_a_stream_and_with_a_factor(device):
         assert_as_accurate([half], [(0.5 * y.float()).to(half.dtype)], [0.5 * y.double()])
 
 
-def test_z_from_the_output_that_a_node_keeps(device):
-    case = Case(device, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [50, 200])
+def test_z_from_the_output_that_a_node_keeps(device, dtype, tokens):
+    """Of many tokens, which are more than the input channels, it is the decoded weight that the forward scales."""
+    case = Case(device, dtype, tokens, quantized=True)
     group = case.group()
     group.output_known = True
     with torch.no_grad():
@@ -169,7 +172,7 @@ def test_z_from_the_output_that_a_node_keeps(device):
         needs = [t is not None and t.requires_grad for t in group.tensors()]
         dx, gb = group.input_gradient(case.g, kept, True)
         grads = group.parameter_gradients(case.g, gb, case.x.detach(), kept, needs)
-    theirs, truth = case.truth(torch.float32), case.truth(torch.float64)
+    theirs, truth = case.truth(dtype), case.truth(torch.float64)
     which = (0, 1, 4, 7)  # y, dx and the magnitudes' gradients, which stand behind those of the projections
     assert_as_accurate([y, dx, grads[12], grads[14]], [theirs[i] for i in which], [truth[i] for i in which])
 

@@ -12,9 +12,9 @@ B A is never formed, not for n either:
 
     n² = ||W||² + 2 s (W Aᵀ) · B + s² (B (A Aᵀ)) · B    row by row, in fp32
 
-The products are those of LoRA. What is new: one pass over z to scale it, one over g and z for dm, one over W (or g) to
-scale dx, all as fast as the memory (``ops/scaling``, ``ops/column_dots``), and W Aᵀ. ||W||² is kept as long as W is the
-same. z is kept for dm, unless the node that the group is part of keeps y anyway.
+The products are those of LoRA. What is new: one pass over z (or W) to scale it, one over g and z for dm, one over W (or
+g) to scale dx, all as fast as the memory (``ops/scaling``, ``ops/column_dots``), and W Aᵀ. ||W||² is kept as long as W
+is the same. z is kept for dm, unless the node that the group is part of keeps y anyway.
 
 With dropout PEFT scales and adapts the dropped input d(x) only, beside the plain product with x:
 
@@ -65,23 +65,24 @@ class DoraGroup(Group):
         """Also the scales, and z where it is kept."""
         if self.adapted.dropout:
             return self._dropped(x)
-        if not self.output_known:
-            return self._scaled(x)[1]
-        kept = super().adapters(x)
-        return kept._replace(scale=self._scales(self._weights(), kept))
+        kept, parts = self._scaled(x)
+        return kept if self.output_known else kept._replace(output=self._base(x, kept, parts))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
         if self.adapted.dropout:
             return super().forward(x)
-        z, kept = self._scaled(x)
-        y = self._columns(z, _row(kept, 0), z if kept.output is None else None)
-        return self._biased(y, 1.0), kept
+        kept, parts = self._scaled(x)
+        if self.output_known:
+            return self._biased(self._output(x, kept, parts), 1.0), kept
+        z = self._base(x, kept, parts)
+        return self._biased(self._columns(z, _row(kept, 0)), 1.0), kept._replace(output=z)
 
     def products(
         self, x: torch.Tensor, kept: Kept, out: torch.Tensor | None = None, factor: float = 1.0
     ) -> torch.Tensor:
-        scale = _row(kept, 0)
-        z = kept.output if kept.output is not None else self._base(x, kept)[0]
+        scale, z = _row(kept, 0), kept.output
+        if z is None:
+            return self._biased(self._added(out, self._output(x, kept, self._weights()), factor), factor)
         if self.adapted.dropout:
             y = self._columns(z, scale)
             self._add_undropped(y, x, kept)
@@ -89,28 +90,35 @@ class DoraGroup(Group):
         if out is not None:
             self.ops.scaling.scale_columns(z, scale, out, factor, True)
             return self._biased(out, factor)
-        return self._biased(self._columns(z, scale, z if kept.output is None else None, factor), factor)
+        return self._biased(self._columns(z, scale, factor=factor), factor)
 
     def knowing(self, kept: Kept, output: torch.Tensor) -> Kept:
         """``kept`` with y [tokens, out_features], from which z follows."""
         return kept if self.adapted.dropout else kept._replace(output=output)
 
-    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-        """z and what the backward keeps."""
-        kept = super().adapters(x)
-        z, scale = self._base(x, kept)
-        kept = kept._replace(scale=scale)
-        return z, kept if self.output_known else kept._replace(output=z)
+    def _scaled(self, x: torch.Tensor) -> tuple[Kept, list[Weight]]:
+        """What the backward keeps, but for z, and the weights that were read for it."""
+        kept, parts = super().adapters(x), self._weights()
+        return kept._replace(scale=self._scales(parts, kept)), parts
 
-    def _base(self, x: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
-        """z [tokens, out_features] and (c, n) [2, out_features] fp32, from one reading of the weights."""
+    def _base(self, x: torch.Tensor, kept: Kept, parts: list[Weight]) -> torch.Tensor:
+        """z [tokens, out_features]."""
         z = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        parts = self._weights()
         start = self.adapted.add(z, kept, False, 1.0)
         for weight, rows, _ in parts:
             z[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
-        scale = self._scales(parts, kept) if kept.scale is None else kept.scale
-        return z, scale
+        return z
+
+    def _output(self, x: torch.Tensor, kept: Kept, parts: list[Weight]) -> torch.Tensor:
+        """c · z [tokens, out_features] where nobody needs z: of z and the decoded weights the smaller is scaled."""
+        scale = _row(kept, 0)
+        if len(x) > self.in_features and all(decoded for _, _, decoded in parts):
+            assert kept.b is not None
+            for weight, rows, _ in parts:
+                self._rows(weight, scale[rows], weight)
+            return self._base(x, kept._replace(b=self._rows(kept.b, scale)), parts)
+        z = self._base(x, kept, parts)
+        return self._columns(z, scale, z)
 
     def _columns(
         self, x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None, factor: float = 1.0

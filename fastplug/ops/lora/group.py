@@ -70,8 +70,7 @@ class Group:
         """factor · y, given :meth:`adapters`; added in place to ``out`` (of the compute dtype), if that is given."""
         base = None if self.fp8 is None else self.fp8.output(self, x, kept)
         if base is not None:
-            out = base if out is None and factor == 1.0 else self._added(out, base, factor)
-            return self._biased(out, factor)
+            return self._biased(self._added(out, base, factor), factor)
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
@@ -89,7 +88,9 @@ class Group:
 
     @staticmethod
     def _added(out: torch.Tensor | None, base: torch.Tensor, factor: float) -> torch.Tensor:
-        return base.mul_(factor) if out is None else out.add_(base, alpha=factor)
+        if out is None:
+            return base if factor == 1.0 else base.mul_(factor)
+        return out.add_(base, alpha=factor)
 
     def _biased(self, out: torch.Tensor, factor: float) -> torch.Tensor:
         row = 0
