@@ -15,8 +15,8 @@ from benchmarks.shapes import LORA, SHAPES
 from benchmarks.weights import build, quantize
 
 SYSTEMS = ("hf", "liger", "axolotl", "unsloth", "fastplug")
-BASES = (*SYSTEMS, "hf-prepared", "unsloth-offload")
-FROM_FOLDER = ("unsloth", "unsloth-offload")  # cannot be handed a model that exists
+FROM_FOLDER = ("unsloth", "unsloth-offload", "unsloth-tiled")  # cannot be handed a model that exists
+BASES = (*SYSTEMS, "hf-prepared", *FROM_FOLDER[1:])
 ALIASES = {"fastplug-graphs-off": "fastplug+graphs=off", "fastplug-graphs-on": "fastplug+graphs=on"}
 
 
@@ -30,8 +30,9 @@ class System:
 
     @classmethod
     def parse(cls, text: str) -> System:
-        """``hf``, ``hf-prepared``, ``liger``, ``axolotl``, ``unsloth``, ``unsloth-offload``, or ``fastplug`` with any
-        of its options: ``fastplug+graphs=off+attention=host`` (``fastplug-graphs-off`` for short).
+        """``hf``, ``hf-prepared``, ``liger``, ``axolotl``, ``unsloth``, ``unsloth-offload``, ``unsloth-tiled`` (which
+        offloads too, and has its MLPs in tiles), or ``fastplug`` with any of its options:
+        ``fastplug+graphs=off+attention=host`` (``fastplug-graphs-off`` for short).
 
         Raises:
             ValueError: For an unknown system, or options of one that takes none.
@@ -54,7 +55,7 @@ class System:
             return "its kernels want one dtype, PEFT's preparation makes norms and head fp32"
         if self.base == "axolotl" and row.autocast:
             return "its trainer runs these kernels without autocast on bf16 weights"
-        if self.base == "unsloth-offload" and not row.checkpointed:
+        if self.base in FROM_FOLDER[1:] and not row.checkpointed:
             return "nothing is offloaded without gradient checkpointing"
         return None
 
@@ -81,7 +82,7 @@ def preload(system: System, shape: str) -> None:
 def load(system: System, shape: str, layers: int | None, row: Row, path: str) -> Any:
     """A model ready to train in ``row``'s setting. ``path`` is where the shape's weights lie, for Unsloth alone."""
     if system.base in FROM_FOLDER:
-        return _unsloth(path, row, offload=system.base.endswith("-offload"))
+        return _unsloth(path, row, offload=system.base != "unsloth", tiled=system.base == "unsloth-tiled")
     model = _peft(shape, layers, row, prepared=row.prepared or system.base == "hf-prepared")
     if system.base == "axolotl":
         _axolotl_kernels(model, path)
@@ -116,14 +117,14 @@ def _adapter(row: Row) -> dict[str, Any]:
     return {**LORA, "use_dora": True} if row.dora else LORA
 
 
-def _unsloth(path: str, row: Row, offload: bool) -> Any:
+def _unsloth(path: str, row: Row, offload: bool, tiled: bool) -> Any:
     import torch
     from unsloth import FastLanguageModel
 
     qlora = row.quantization == "qlora"
     model, _ = FastLanguageModel.from_pretrained(
         path, max_seq_length=row.sequence, dtype=torch.bfloat16, load_in_4bit=qlora, load_in_16bit=not qlora,
-        local_files_only=True,
+        local_files_only=True, **({"unsloth_tiled_mlp": True} if tiled else {}),
     )  # fmt: skip
     how = "unsloth" if offload else row.checkpointed
     return FastLanguageModel.get_peft_model(model, **_adapter(row), use_gradient_checkpointing=how, random_state=0)
