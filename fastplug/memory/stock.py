@@ -56,6 +56,7 @@ class Stock:
         self._optimizer_seen = False
         self._assumed = 0  # bytes of the optimizer's states that are planned for and not there yet
         self._peak_before = (0, 0)
+        self._seen = 0  # the most that was allocated at a moment when it was looked at, since the last agreement
         self._retries = meter.retries()
 
     def take(self, known: Agreed | None, x: torch.Tensor, waiting: int, forwards: int) -> Agreed:
@@ -103,12 +104,20 @@ class Stock:
             return min(asked - left, now)
         return now - (int(AUTO_HEADROOM * total) if headroom is None else left)
 
+    def look(self) -> None:
+        """Note how much is allocated: to be called where a step holds much."""
+        self._seen = max(self._seen, self.meter.allocated())
+
     def _extra(self, known: Agreed | None) -> int:
-        """How far the highest mark was off the plans since the last agreement, where there is a new one."""
+        """How far the highest mark was off the plans since the last agreement, where there is a new one.
+
+        A mark below what was seen says that the host resets these counters, as some do at every step to log them.
+        """
         peak = self.meter.peak()
         before, self._peak_before = self._peak_before, peak
+        seen, self._seen = self._seen, 0
         so_far = 0 if known is None else known.extra
-        if known is None or peak[0] <= before[0] or not self.predicted or before == (0, 0):
+        if known is None or peak[0] <= before[0] or peak[0] < seen or not self.predicted or before == (0, 0):
             return so_far
         found = peak[0] - (self.predicted - self._assumed)
         return so_far + (found if found > 0 else int(found * CAUTION))

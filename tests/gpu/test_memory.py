@@ -58,6 +58,13 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def as_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    """What MLPs in tiles may change: they add up in another order, of bf16 products."""
+    return found.keys() == wanted.keys() and all(
+        float((found[name] - wanted[name]).norm()) <= 0.02 * float(wanted[name].norm()) for name in wanted
+    )
+
+
 def test_budgets_are_kept_and_peaks_are_as_planned() -> None:
     model, x = build(layers=LAYERS, width=2048), tokens(4, 2048)
     applied = fastplug.apply(model, memory="keep", graphs="off")
@@ -79,11 +86,12 @@ def test_budgets_are_kept_and_peaks_are_as_planned() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         applied = fastplug.apply(model, memory=f"{budget}B", graphs="off")
-        for _ in range(9):  # past the last of the close agreements
-            assert same(gradients(model, x), wanted), share
-        measured = torch.cuda.max_memory_reserved() + context()
         (planner,) = planners(model)
-        assert planner.plan is not None
+        for _ in range(9):  # past the last of the close agreements
+            found = gradients(model, x)
+            assert planner.plan is not None
+            assert (as_close if planner.plan.tile_rows else same)(found, wanted), share
+        measured = torch.cuda.max_memory_reserved() + context()
         assert measured <= budget
         assert measured >= 0.9 * planner.plan.total
         assert planner.room.dropped == 0
