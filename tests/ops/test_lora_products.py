@@ -63,9 +63,9 @@ def assert_accurate(fused, reference, inputs) -> None:
     assert_as_accurate(run(fused, torch.bfloat16), run(reference, torch.bfloat16), run(reference, torch.float64))
 
 
-def mlp_reference(projections, x, residual, weight, *adapters):
+def mlp_reference(projections, offset, x, residual, weight, *adapters):
     h = x + residual
-    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * weight
+    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * (weight + offset)
     gate, up, down = (functools.partial(linear_reference, p) for p in projections)
     a = iter(adapters)
     inner = torch.nn.functional.silu(gate(normed, next(a), next(a))) * up(normed, next(a), next(a))
@@ -87,21 +87,25 @@ def test_one_projection(device, shape, make):
 
 
 @pytest.mark.parametrize("make", [projection, dense_projection])
-def test_a_gated_mlp(device, make):
+@pytest.mark.parametrize(("outlier", "offset"), [(1.0, 0.0), (300.0, 0.0), (1.0, 1.0)])
+def test_a_gated_mlp(device, make, outlier, offset):
+    """Also of a stream in which one channel is much larger than the others, and with Gemma's norm."""
     ops = table_for(device)
     projections = [make(*shape, device, i) for i, shape in enumerate([(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)])]
+    norm = Norm(1e-6, offset, cast_first=not offset)
 
     def fused(x, residual, weight, *adapters):
         for p, a, b in zip(projections, adapters[::2], adapters[1::2], strict=True):
             p.a, p.b = a, b
-        spec = GatedMLP(Group(projections[:2], x.dtype, ops), Group(projections[2:], x.dtype, ops), "silu", Norm(1e-6))
+        spec = GatedMLP(Group(projections[:2], x.dtype, ops), Group(projections[2:], x.dtype, ops), "silu", norm)
         return gated_mlp(spec, x, residual, weight)
 
     inputs = [torch.randn(2 * INNER, HIDDEN, device=device) for _ in range(2)] + [
         torch.rand(HIDDEN, device=device) + 0.5
     ]
+    inputs[0][:, 3] *= outlier
     inputs += [t.detach() for p in projections for t in (p.a, p.b)]
-    assert_accurate(fused, functools.partial(mlp_reference, projections), inputs)
+    assert_accurate(fused, functools.partial(mlp_reference, projections, offset), inputs)
 
 
 def test_the_gradient_of_gate_and_up_takes_their_memory_unless_the_graph_is_kept(device):

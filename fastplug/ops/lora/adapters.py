@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastplug.ops.lora.matmul import drop, mm, undrop
-from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
+from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
 
 
 class Block(NamedTuple):
@@ -140,7 +140,7 @@ class Adapters:
         self,
         g: torch.Tensor,
         gb: torch.Tensor,
-        x: torch.Tensor | None,
+        x: torch.Tensor | Normed | None,
         kept: Kept,
         needs: Sequence[bool],
         grads: Grads,
@@ -155,10 +155,22 @@ class Adapters:
             if needs[i + 2]:
                 assert x is not None
                 if self.dropout:
+                    assert isinstance(x, torch.Tensor)
                     grads[i + 2] = mm(gb[:, columns].t(), undrop(x, mask, p.dropout), p.a.dtype)
                 else:
                     if shared is None:
-                        shared = mm(gb.t(), x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
+                        shared = self._gbx(gb, x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
                     grads[i + 2] = shared[columns].to(p.a.dtype)
             if needs[i + 3]:
                 grads[i + 3] = mm(g[:, rows].t(), kept.xa[:, columns], p.b.dtype)
+
+    @staticmethod
+    def _gbx(gb: torch.Tensor, x: torch.Tensor | Normed, dtype: torch.dtype) -> torch.Tensor:
+        """gbᵀ x [rank, in_features]."""
+        if isinstance(x, torch.Tensor):
+            return mm(gb.t(), x, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        product = mm((gb * x.rstd[:, None].to(wide)).to(gb.dtype).t(), x.h, wide)
+        if x.weight is not None:
+            product *= x.weight.detach().to(wide) + x.offset
+        return product

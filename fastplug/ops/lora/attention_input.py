@@ -1,17 +1,18 @@
 """From the residual stream to rotated queries and keys: norm, q/k/v projections, q/k norm and RoPE as one node.
 
 Kept for the backward: the residual stream and its 1/rms, and q, k, v as attention keeps them (with a q/k norm also
-q and k before it). The normalised input is computed again from the residual stream.
+q and k before it). Where the normalised input is needed, it is computed again from the residual stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastplug.ops.lora.group import Group, Kept
+from fastplug.ops.lora.group import Group, Kept, Normed
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,32 @@ class Norm:
 
     def kwargs(self) -> dict[str, Any]:
         return {"offset": self.offset, "cast_first": self.cast_first}
+
+
+def projections_input(
+    norm: Norm | None,
+    group: Group,
+    rows: torch.Tensor,
+    rstd: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> torch.Tensor | Normed | None:
+    """What the backward of a group gets as its input: nothing, the rows, those normalised, or what that is made of.
+
+    Args:
+        norm: The norm before the group, or None.
+        rows: The norm's input [tokens, in_features].
+        rstd: Its 1/rms [tokens], None without a norm.
+        weight: The norm's, [in_features], or None.
+        needs: Which of the group's tensors need a gradient.
+    """
+    if not any(needs):
+        return None
+    if norm is None:
+        return rows.to(group.dtype)
+    if rstd is not None and rows.dtype == group.dtype and group.takes_unmade(needs):
+        return Normed(rows, rstd, weight, norm.offset)
+    return group.ops.rms_norm.forward(rows, weight, norm.eps, out_dtype=group.dtype, **norm.kwargs())[0]
 
 
 @dataclass(frozen=True)
@@ -161,9 +188,9 @@ class AttentionInputFunction(torch.autograd.Function):
                 **spec.qk_norm.kwargs(),
             )
         d_normed, gb = group.input_gradient(dqkv, kept, needs[1] or needs[4])
-        normed = _normed(spec, rows, norm_weight)[0] if any(needs[7:]) else None
-        grads = group.parameter_gradients(dqkv, gb, normed, kept, needs[7:])
-        del normed
+        entered = projections_input(spec.norm, group, rows, rstd, norm_weight, needs[7:])
+        grads = group.parameter_gradients(dqkv, gb, entered, kept, needs[7:])
+        del entered
         dx, d_norm_weight = d_normed, None
         if spec.norm is not None and d_normed is not None:
             dx, d_norm_weight = ops.rms_norm.backward(

@@ -31,7 +31,7 @@ import torch
 
 from fastplug.ops.lora.group import Group, Weight
 from fastplug.ops.lora.matmul import mm, undrop
-from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
+from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
 
 
@@ -246,7 +246,12 @@ class DoraGroup(Group):
         return dx
 
     def parameter_gradients(
-        self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]
+        self,
+        g: torch.Tensor,
+        gb: torch.Tensor | None,
+        x: torch.Tensor | Normed | None,
+        kept: Kept,
+        needs: Sequence[bool],
     ) -> Grads:
         count = PER_PROJECTION * len(self.projections)
         grads = super().parameter_gradients(g, gb, x, kept, needs[:count])

@@ -2,11 +2,11 @@
 
 h = x + residual, n = norm(h), out = h + factor · down(act(gate(n)) · up(n)).
 
-Kept for the backward: h, its 1/rms, gate and up. The normalised input and the activation are computed again, each in
-the pass that needs it anyway. Where memory is short, gate and up are computed again too (``keep_gate_up=False``: the
-same products of the same operands, so the same bits), or the rows go through in tiles (``tile_rows``), so that gate, up
-and the activation never exist for the whole sequence; then only h is kept, and the gradients of the tiles are summed
-in fp32.
+Kept for the backward: h, its 1/rms, gate and up. The activation is computed again in a pass that is needed anyway, and
+so is the normalised input where more than the gradients of A need it. Where memory is short, gate and up are computed
+again too (``keep_gate_up=False``: the same products of the same operands, so the same bits), or the rows go through in
+tiles (``tile_rows``), so that gate, up and the activation never exist for the whole sequence; then only h is kept, and
+the gradients of the tiles are summed in fp32.
 """
 
 from __future__ import annotations

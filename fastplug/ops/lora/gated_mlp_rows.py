@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastplug.ops.lora.attention_input import projections_input
 from fastplug.ops.lora.group import Grads, Kept
 
 if TYPE_CHECKING:
@@ -86,13 +87,9 @@ def backward(
     del hidden
 
     d_normed, gb = spec.gate_up.input_gradient(d_gate_up, gate_up_kept, needs[1] or needs[2] or needs[3])
-    normed = None
-    if any(needs[4:inner]):
-        normed = h.to(dtype)
-        if spec.norm is not None:
-            normed, _, _ = ops.rms_norm.forward(h, norm_weight, spec.norm.eps, out_dtype=dtype, **spec.norm.kwargs())
-    gate_up_grads = spec.gate_up.parameter_gradients(d_gate_up, gb, normed, gate_up_kept, needs[4:inner])
-    del d_gate_up
+    entered = projections_input(spec.norm, spec.gate_up, h, rstd, norm_weight, needs[4:inner])
+    gate_up_grads = spec.gate_up.parameter_gradients(d_gate_up, gb, entered, gate_up_kept, needs[4:inner])
+    del d_gate_up, entered
     d_norm_weight = None
     if spec.norm is not None and d_normed is not None:
         d_normed, d_norm_weight = ops.rms_norm.backward(

@@ -14,7 +14,7 @@ import torch
 from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.matmul import mm
-from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Projection
+from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
 
 
@@ -129,15 +129,23 @@ class Group:
             self.ops.low_rank.add(dx, gb, kept.a.t())
 
     def parameter_gradients(
-        self, g: torch.Tensor, gb: torch.Tensor | None, x: torch.Tensor | None, kept: Kept, needs: Sequence[bool]
+        self,
+        g: torch.Tensor,
+        gb: torch.Tensor | None,
+        x: torch.Tensor | Normed | None,
+        kept: Kept,
+        needs: Sequence[bool],
     ) -> Grads:
-        """Gradients of :meth:`tensors` where ``needs`` is true; ``x`` may be None if none of them is."""
+        """Gradients of :meth:`tensors` where ``needs`` is true.
+
+        ``x`` may be None if none of them is, and unmade where :meth:`takes_unmade` says so.
+        """
         grads: Grads = [None] * len(needs)
         row = 0
         for i, p in enumerate(self.projections):
             part = g[:, row : row + p.shape[0]]
             if needs[i * PER_PROJECTION]:
-                assert x is not None
+                assert isinstance(x, torch.Tensor)
                 assert p.trained is not None
                 grads[i * PER_PROJECTION] = mm(part.t(), x, p.trained.dtype)
             if needs[i * PER_PROJECTION + 1]:
@@ -147,6 +155,14 @@ class Group:
         if gb is not None and kept.xa is not None:
             self.adapted.parameter_gradients(g, gb, x, kept, needs, grads)
         return grads
+
+    def takes_unmade(self, needs: Sequence[bool]) -> bool:
+        """Whether :meth:`parameter_gradients` needs its input for A alone, so that a :class:`Normed` will do.
+
+        Not in fp16: a small gradient times a small 1/rms may be below what it can hold.
+        """
+        dense = any(needs[i * PER_PROJECTION] for i in range(len(self.projections)))
+        return self.dtype != torch.float16 and not dense and not self.adapted.dropout
 
     # --- base weights ---------------------------------------------------------------------------------------------
 
@@ -183,4 +199,4 @@ class Group:
         return parts
 
 
-__all__ = ["Grads", "Group", "Kept", "Projection"]
+__all__ = ["Grads", "Group", "Kept", "Normed", "Projection"]

@@ -44,6 +44,25 @@ class Kept(NamedTuple):
         return cls(xa, a, b, tuple(masks), scale, output)
 
 
+class Normed(NamedTuple):
+    """The input of a group that an RMSNorm makes, as what it is made of: 1/rms · h · (offset + weight).
+
+    The gradients of A are Σ_t gb · input: 1/rms goes into the thin gb and the weight into the result, so that the
+    input need not be made again for them.
+
+    Attributes:
+        h: The norm's input [tokens, in_features] in the compute dtype.
+        rstd: 1/rms [tokens].
+        weight: [in_features] or None.
+        offset: Added to the weight.
+    """
+
+    h: torch.Tensor
+    rstd: torch.Tensor
+    weight: torch.Tensor | None
+    offset: float
+
+
 PER_PROJECTION = 4  # weight, bias, A, B: what a projection hands to autograd, see Projection.tensors
 
 
