@@ -114,6 +114,22 @@ def formats(s: Sizes) -> Iterator[Case]:
                 lambda: (codes(N, K // 8, 4).view(torch.int32).squeeze(-1), scales(N, K // 128)), {},
                 N * K // 2 + N * K // 128 * 2,
             ),
+            "int4 decode (rows, group 128, zeros in 16 bits)": (
+                Int((N, K), 4, "row", 128, "twos", add_zero=True),
+                lambda: (codes(N, K // 2), scales(K // 128, N).t()), {"zeros": scales(K // 128, N).t()},
+                N * K // 2 + N * K // 128 * 4,
+            ),
+            "int4 decode (GPTQ in act-order, group 128)": (
+                Int((N, K), 4, "input", 128, packed_zeros=True, zero_plus_one=True),
+                lambda: (codes(K // 8, N, 4).view(torch.int32).squeeze(-1), scales(K // 128, N).t()),
+                {"zeros": zeros, "g_idx": (torch.randperm(K, device=s.device) // 128).int()},
+                N * K // 2 + N * K // 128 * 2,
+            ),
+            "int4 decode (HQQ, group 64)": (
+                Int((N, K), 4, "split", 64),
+                lambda: (codes(N // 2, K), scales(N, K // 64)), {"zeros": scales(N, K // 64)},
+                N * K // 2 + N * K // 64 * 4,
+            ),
         })  # fmt: skip
     if importlib.util.find_spec("fastplug.ops.float_weights"):
         from fastplug.ops.float_weights.reference import Layout as Float
@@ -131,6 +147,11 @@ def formats(s: Sizes) -> Iterator[Case]:
                 Float((N, K), "e2m1", (1, 32), "e8m0"),
                 lambda: (codes(N, K // 2), torch.randint(120, 134, (N, K // 32), device=s.device, dtype=torch.uint8)),
                 {}, N * K // 2 + N * K // 32,
+            ),
+            "nvfp4 decode": (
+                Float((N, K), "e2m1", (1, 16), "e4m3"),
+                lambda: (codes(N, K // 2), small_floats(N, K // 16)), {"outer": torch.ones(1, device=s.device)},
+                N * K // 2 + N * K // 16,
             ),
         })  # fmt: skip
 

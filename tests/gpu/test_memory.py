@@ -13,6 +13,7 @@ import torch
 
 import fastplug
 from fastplug.memory.runtime import planners
+from fastplug.verifying.run import END_TO_END
 from tests.gpu.test_step import build, gradients, syncs, tokens
 
 pytest.importorskip("peft")
@@ -59,9 +60,10 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 
 
 def as_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    """What MLPs in tiles may change: they add up in another order, of bf16 products."""
+    """What MLPs in tiles may change: they add up in another order, in bf16, with its noise over all layers."""
+    bound = END_TO_END[False]
     return found.keys() == wanted.keys() and all(
-        float((found[name] - wanted[name]).norm()) <= 0.02 * float(wanted[name].norm()) for name in wanted
+        float((found[name] - wanted[name]).norm()) <= bound * float(wanted[name].norm()) for name in wanted
     )
 
 

@@ -272,6 +272,7 @@ def int_decode(
         if packing in ("row", "input"):
             codes, code_n, code_w, width, E = _words(codes, packing, bits, N, K)
             words = max(min(columns, power_of_2(K)) // E, 1)
+            tile = tile if g_idx is None else tile // 2  # a scale of its own for each code takes registers
             BN = min(tile // (words * E), power_of_2(rows))
             grid = (triton.cdiv(rows, BN), triton.cdiv(K, words * E))
             _along_k[grid](
