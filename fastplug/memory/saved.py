@@ -32,10 +32,10 @@ What a policy keeps of it from the layer's forward to its backward:
 - ``KEEP``: all of it.
 - ``DROP_GATE_UP``: all but gate and up. In tiles (``tile_rows``) the MLP keeps h only, but with dropout also what the
   adapters keep, A and B of each tile.
-- ``KEEP_ATTENTION``: x, attention's out and logsumexp.
-- ``RESIDUAL``: x.
-- ``OFFLOAD_...``: nothing; the same in the host's memory. The device holds what two such layers keep at a time, for the
-  copies (:data:`STAGED`).
+- ``KEEP_ATTENTION``: x, attention's out and logsumexp, and x Aᵀ of down, so that its input need not be made again.
+- ``RESIDUAL``: x, and x Aᵀ of down.
+- ``OFFLOAD_...``: x Aᵀ of down where that stays; the rest in the host's memory. The device holds what two such layers
+  keep at a time, for the copies (:data:`STAGED`).
 
 What is computed again in the backward, in GEMMs of the layer: nothing; gate and up; q, k, v, out, gate and up;
 the same and attention. The last projection, down, never is. Decoding a quantized weight comes with each of these
@@ -51,6 +51,7 @@ from dataclasses import dataclass
 
 from fastplug.memory.policy import Policy
 
+BESIDE = "adapter's part of down"  # what the nodes of a layer that is computed again hold on the device
 PIECE = 16 * 2**20  # bytes of a piece of host memory: offloaded tensors fill whole ones
 STAGED = 2  # layers whose offloaded tensors are on the device at a time: the one that runs and the one being copied
 
@@ -90,15 +91,17 @@ def tensors(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None
         policy: What the layer keeps.
         w: The layer's widths.
         tokens: Batch times length, padding included.
-        tile_rows: The MLP's tiles under DROP_GATE_UP; the other policies' sums do not depend on it.
+        tile_rows: The MLP's tiles where gate and up are not kept.
     """
     T, c = tokens, w.compute_bytes
     x = {"residual stream": T * w.hidden * w.residual_bytes}
     attention = {"attention output": T * w.queries * c, "logsumexp": 4 * T * w.heads}
+    whole = tile_rows is None or tile_rows >= T
+    beside = {BESIDE: w.down.total * T * c} if whole and w.intermediate and not w.down.dropping else {}
     if policy.level is Policy.RESIDUAL:
-        return x
+        return {**x, **beside}
     if policy.level is Policy.KEEP_ATTENTION:
-        return {**x, **attention}
+        return {**x, **attention, **beside}
     found = {
         **x,
         "1/rms": 4 * T,
@@ -130,7 +133,8 @@ def saved(policy: Policy, w: Widths, tokens: int, tile_rows: int | None = None) 
 
 def host(policy: Policy, w: Widths, tokens: int) -> int:
     """Bytes of pinned host memory for one layer, in whole pieces; 0 where nothing is offloaded."""
-    return sum(-(-size // PIECE) * PIECE for size in tensors(policy, w, tokens).values()) if policy.offloads else 0
+    offloaded = [size for name, size in tensors(policy, w, tokens).items() if name != BESIDE]
+    return sum(-(-size // PIECE) * PIECE for size in offloaded) if policy.offloads else 0
 
 
 def _adapters(rank: Rank, T: int, inputs: int, outputs: int, c: int, tiles: int = 1) -> int:

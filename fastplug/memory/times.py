@@ -28,7 +28,8 @@ class _Passes:
 
 
 FORWARD = _Passes(11, 4, 3)
-BACKWARD = _Passes(17, 11, 6)
+BACKWARD = _Passes(13, 11, 6)
+AGAIN = _Passes(11, 0, 3)
 GATE_UP_AGAIN = _Passes(3, 0, 0)
 
 
@@ -58,7 +59,7 @@ def layer_ms(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> LayerTi
         if policy.checkpoints:
             again = layer.qkv + layer.out + layer.gate_up + layer.others
         backward += _products(again, layer, step, gpu) + tiles * _decoding(again, step, gpu)
-        backward += _elementwise(layer, step, gpu, FORWARD if policy.checkpoints else GATE_UP_AGAIN)
+        backward += _elementwise(layer, step, gpu, AGAIN if policy.checkpoints else GATE_UP_AGAIN)
         if policy.checkpoints and not policy.keeps_attention:
             backward += _attention(layer, step, gpu, False)
     copy = gpu.host_ms(sum(kept(layer, step, policy).values())) if policy.offloads else 0.0

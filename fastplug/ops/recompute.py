@@ -48,6 +48,18 @@ def recomputing() -> bool:
     return _recomputation() is not None
 
 
+def nodes_stay() -> bool:
+    """Whether only the tensors that a node saves are thrown away and made again, by ``torch.utils.checkpoint``.
+
+    The second pass makes them for the nodes of the first one. What those hold beside them is still there, so that the
+    second pass need not make it; both passes have to save the same tensors, and both are told the same here.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    hook = _recomputation()
+    return checkpointing() == "checkpointed" if hook is None else not isinstance(hook, Countdown)
+
+
 def tensors_left() -> int | None:
     """How many saved tensors the recomputation in progress still waits for before it stops.
 

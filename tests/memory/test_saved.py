@@ -72,7 +72,7 @@ def test_policies_keep_less_and_less() -> None:
     sizes = [saved(policy, widths(), LENGTH) for policy in (Policy.KEEP, Policy.DROP_GATE_UP, Policy.KEEP_ATTENTION)]
     sizes.append(saved(Policy.RESIDUAL, widths(), LENGTH))
     assert sizes == sorted(set(sizes), reverse=True)
-    assert saved(Policy.OFFLOAD, widths(), LENGTH) == LENGTH * HIDDEN * 4
+    assert saved(Policy.OFFLOAD, widths(), LENGTH) == LENGTH * (HIDDEN + RANK) * 4
     assert host(Policy.OFFLOAD, widths(), LENGTH) == PIECE
     assert host(Policy.RESIDUAL, widths(), LENGTH) == 0
 

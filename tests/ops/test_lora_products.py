@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
@@ -126,3 +128,51 @@ def test_the_gradient_of_gate_and_up_takes_their_memory_unless_the_graph_is_kept
     second = torch.autograd.grad(out, wanted, torch.ones_like(out))
     assert not torch.equal(gate_up, before)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+class Counting:
+    """An op's functions, and how often the forward ran."""
+
+    def __init__(self, plain):
+        self.plain, self.backward, self.forwards = plain, plain.backward, 0
+
+    def forward(self, *args):
+        self.forwards += 1
+        self.plain.forward(*args)
+
+
+@pytest.mark.parametrize(("dropout", "forwards"), [(0.0, 1), (0.3, 2)])
+def test_gradient_checkpointing_makes_the_activation_once(device, dropout, forwards):
+    """What down needs of it for its adapter is kept, unless its adapter drops its input; the bits stay."""
+    shapes = (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
+    projections = [dense_projection(*shape, device, i) for i, shape in enumerate(shapes)]
+    for p in projections:
+        p.dropout = dropout
+    ops, dtype = copy.copy(table_for(device)), torch.bfloat16
+    ops.glu = Counting(ops.glu)
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, HIDDEN, device=device, dtype=dtype).requires_grad_()
+    wanted = [x, *(tensor for p in projections for tensor in (p.a, p.b))]
+
+    def mlp(x):
+        spec = GatedMLP(Group(projections[:2], dtype, ops), Group(projections[2:], dtype, ops), "silu", Norm(1e-6))
+        return gated_mlp(spec, x, torch.zeros_like(x), torch.ones(HIDDEN, device=device, dtype=dtype))
+
+    def gradients(call):
+        torch.manual_seed(1)
+        out = call(x)
+        first = torch.autograd.grad(out, wanted, torch.ones_like(out), retain_graph=True)
+        ops.glu.forwards, before = 0, ops.glu.forwards
+        second = torch.autograd.grad(out, wanted, torch.ones_like(out))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+        return out, first, before
+
+    plain, found, _ = gradients(mlp)
+    out, again, ran = gradients(lambda x: checkpoint(mlp, x, use_reentrant=False))
+    assert torch.equal(out, plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, again))
+    assert ran == forwards
+    _, again, _ = gradients(
+        lambda x: checkpoint(lambda x: checkpoint(mlp, x, use_reentrant=False), x, use_reentrant=False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, again))

@@ -87,20 +87,25 @@ class Adapters:
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> Kept:
+    def matrices(self) -> Kept:
+        """A and B, all that the backward keeps but for what follows from x."""
+        return Kept(None, self._stacked_a(), self._block_b(), (None,) * len(self.blocks)) if self.blocks else Kept()
+
+    def forward(self, x: torch.Tensor, matrices: Kept | None = None) -> Kept:
         """Everything that the backward keeps, for x [tokens, in_features] in the compute dtype."""
-        if not self.blocks:
-            return Kept()
-        a, b = self._stacked_a(), self._block_b()
+        kept = self.matrices() if matrices is None else matrices
+        a = kept.a
+        if a is None:
+            return kept
         xa = self._empty(len(x), x)
         if not self.dropout:
-            return Kept(self._scaled(x, a.t(), xa), a, b, (None,) * len(self.blocks))
+            return kept._replace(xa=self._scaled(x, a.t(), xa))
         masks = []
         for p, _, columns in self.blocks:  # PEFT drops the input of each adapter on its own, in this order
             dropped, mask = drop(x, p.dropout)
             masks.append(mask)
             xa[:, columns].addmm_(dropped, a[columns].t(), beta=0, alpha=p.scaling)
-        return Kept(xa, a, b, tuple(masks))
+        return kept._replace(xa=xa, masks=tuple(masks))
 
     def add(self, out: torch.Tensor, kept: Kept, start: bool, factor: float) -> bool:
         """Write factor · xa Bᵀ into ``out`` [tokens, out_features], or add it if ``start``; whether out holds y now."""

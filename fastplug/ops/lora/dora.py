@@ -61,12 +61,15 @@ class DoraGroup(Group):
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def adapters(self, x: torch.Tensor) -> Kept:
+    def adapters(self, x: torch.Tensor, matrices: Kept | None = None) -> Kept:
         """Also the scales, and z where it is kept."""
         if self.adapted.dropout:
             return self._dropped(x)
         kept, parts = self._scaled(x)
         return kept if self.output_known else kept._replace(output=self._base(x, kept, parts))
+
+    def matrices(self) -> Kept | None:
+        return None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
         if self.adapted.dropout:

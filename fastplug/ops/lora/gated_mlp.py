@@ -20,7 +20,7 @@ from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized
 from fastplug.ops.lora.gated_mlp_tiles import backward_in_tiles, forward_in_tiles
 from fastplug.ops.lora.group import Group, Kept
-from fastplug.ops.recompute import tensors_left
+from fastplug.ops.recompute import nodes_stay, tensors_left
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,24 @@ class GatedMLPFunction(torch.autograd.Function):
         normed, h, rstd = normalized(spec, rows, norm_weight, residual_rows)
         gate_up, kept = spec.gate_up.forward(normed)
         del normed
-        hidden = activated(spec, gate_up)
-        down_kept = spec.down.adapters(hidden)
+        # Under gradient checkpointing x Aᵀ of down stays here, so that the second pass need not make the activation.
+        matrices = spec.down.matrices() if nodes_stay() else None
+        hidden, down_kept = None, matrices
+        if down_kept is None:
+            hidden = activated(spec, gate_up)
+            down_kept = spec.down.adapters(hidden)
         saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.tensors(), *down_kept.tensors())
-        del gate_up
-        ctx.count = len(kept.tensors())
+        ctx.count, ctx.down_xa = len(kept.tensors()), None
         ctx.save_for_backward(*saved)
+        if (spec.joined or spec.norm is None) and tensors_left() == sum(tensor is not None for tensor in saved):
+            return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
+        if hidden is None:
+            hidden = activated(spec, gate_up)
+            down_kept = spec.down.adapters(hidden, matrices)
+            ctx.down_xa = down_kept.xa
+        del gate_up
         if not spec.joined and spec.norm is not None:
             return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)
-        if tensors_left() == sum(tensor is not None for tensor in saved):
-            return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         start = h.clone() if spec.norm is not None and h.dtype == dtype else None
         out = spec.down.products(hidden, down_kept, out=start, factor=spec.factor)
         if spec.norm is not None and start is None:
@@ -141,8 +149,12 @@ class GatedMLPFunction(torch.autograd.Function):
             dx, d_norm_weight, grads = backward_in_tiles(ctx, spec, g, h, norm_weight, rest, stream, tiles)
         else:
             kept = (Kept.of(rest[: ctx.count]), Kept.of(rest[ctx.count :]))
+            if ctx.down_xa is not None:
+                kept = kept[0], kept[1]._replace(xa=ctx.down_xa)
             compiling = torch.compiler.is_compiling()
             last = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+            if last:
+                ctx.down_xa = None
             dx, d_norm_weight, grads = backward(spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last)
         dx = None if dx is None else dx.view(shape)
         d_residual = dx.to(residual_dtype) if dx is not None and needs[2] and residual_dtype is not None else None

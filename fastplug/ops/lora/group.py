@@ -51,9 +51,13 @@ class Group:
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def adapters(self, x: torch.Tensor) -> Kept:
-        """The skinny part of the forward: everything that the backward keeps."""
-        return self.adapted.forward(x)
+    def adapters(self, x: torch.Tensor, matrices: Kept | None = None) -> Kept:
+        """The skinny part of the forward: everything that the backward keeps, :meth:`matrices` given or not."""
+        return self.adapted.forward(x, matrices)
+
+    def matrices(self) -> Kept | None:
+        """What :meth:`adapters` keeps but for x Aᵀ, or None where more of it follows from x."""
+        return None if self.adapted.dropout else self.adapted.matrices()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
         """y [tokens, out_features] for x [tokens, in_features] in the compute dtype, and what the backward needs."""
