@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import longest
 from benchmarks.shapes import SHAPES
+from benchmarks.weights import build
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -38,9 +40,6 @@ def test_what_a_system_dies_of_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_what_the_layers_left_out_would_hold() -> None:
-    torch = pytest.importorskip("torch")
-    from benchmarks.weights import build
-
     model = build("tiny", 1).requires_grad_(False)
     frozen = longest.missing(model, 1, 3)
     assert frozen == 2 * sum(2 * p.numel() for n, p in model.named_parameters() if ".layers." in n)

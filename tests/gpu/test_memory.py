@@ -13,7 +13,6 @@ import torch
 
 import fastplug
 from fastplug.memory.runtime import planners
-from fastplug.verifying.run import END_TO_END
 from tests.gpu.test_step import build, gradients, syncs, tokens
 
 pytest.importorskip("peft")
@@ -59,14 +58,6 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def as_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    """What MLPs in tiles may change: they add up in another order, in bf16, with its noise over all layers."""
-    bound = END_TO_END[False]
-    return found.keys() == wanted.keys() and all(
-        float((found[name] - wanted[name]).norm()) <= bound * float(wanted[name].norm()) for name in wanted
-    )
-
-
 def test_budgets_are_kept_and_peaks_are_as_planned() -> None:
     model, x = build(layers=LAYERS, width=2048), tokens(4, 2048)
     applied = fastplug.apply(model, memory="keep", graphs="off")
@@ -88,12 +79,11 @@ def test_budgets_are_kept_and_peaks_are_as_planned() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         applied = fastplug.apply(model, memory=f"{budget}B", graphs="off")
-        (planner,) = planners(model)
         for _ in range(9):  # past the last of the close agreements
-            found = gradients(model, x)
-            assert planner.plan is not None
-            assert (as_close if planner.plan.tile_rows else same)(found, wanted), share
+            assert same(gradients(model, x), wanted), share
         measured = torch.cuda.max_memory_reserved() + context()
+        (planner,) = planners(model)
+        assert planner.plan is not None
         assert measured <= budget
         assert measured >= 0.9 * planner.plan.total
         assert planner.room.dropped == 0

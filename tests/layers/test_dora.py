@@ -157,9 +157,10 @@ def test_without_a_stream_and_with_a_factor(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [50, 200])
-def test_z_from_the_output_that_a_node_keeps(device, dtype, tokens):
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nf4"])
+def test_z_from_the_output_that_a_node_keeps(device, dtype, tokens, quantized):
     """Of many tokens, which are more than the input channels, it is the decoded weight that the forward scales."""
-    case = Case(device, dtype, tokens, quantized=True)
+    case = Case(device, dtype, tokens, quantized=quantized)
     group = case.group()
     group.output_known = True
     with torch.no_grad():
