@@ -54,9 +54,14 @@ def measure(case: Case, copy: float, matmul: float) -> dict[str, Any]:
     ms = milliseconds(case.calls, capture=case.capture)
     if case.flops:
         rate = case.flops / ms / 1e9
-        return {**result, "ms": round(ms, 4), "tflops": round(rate, 1), "of_matmul": round(rate / matmul, 3)}
+        return {**result, "ms": round(ms, 4), "tflops": round(rate, 1), "of_matmul": share(rate / matmul)}
     rate = case.bytes / ms / 1e9
-    return {**result, "ms": round(ms, 4), "tb_per_s": round(rate, 3), "of_copy": round(rate / copy, 3)}
+    return {**result, "ms": round(ms, 4), "tb_per_s": round(rate, 3), "of_copy": share(rate / copy)}
+
+
+def share(of_ceiling: float) -> float:
+    """To four digits, so that a slow op on a busy machine is not rounded to nothing."""
+    return float(f"{of_ceiling:.4g}")
 
 
 def line(result: dict[str, Any]) -> str:
