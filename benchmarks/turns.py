@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import fastplug
+from benchmarks.measure import synchronize
 
 ROUNDS = 2  # unpatched, patched, unpatched, patched
 
@@ -77,11 +78,6 @@ class Result:
         return ""
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def run(model: Any, batches: list[torch.Tensor], side: Side, warmup: int, steps: int) -> None:
     """Compare-able loss and gradients at first, then timed steps."""
     device = batches[0].device
@@ -101,12 +97,12 @@ def run(model: Any, batches: list[torch.Tensor], side: Side, warmup: int, steps:
     for i in range(warmup + steps):
         if i == warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        synchronize(device)
+        synchronize()
         start = time.perf_counter()
         step(batches[i % len(batches)])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
+        synchronize()
         if i >= warmup:
             side.milliseconds.append(1e3 * (time.perf_counter() - start))
     if device.type == "cuda":

@@ -91,7 +91,8 @@ class Planner:
         if index == 0 or self.plan is None or (self.plan.batch, self.plan.sequence) != shape:
             self._begin(shape, layer, x)
         assert self.plan is not None
-        if index == self.count - 1 and self.stock is not None:
+        assert self.stock is not None
+        if index == self.count - 1:
             self.stock.look()
         return self.plan.policies[index]
 

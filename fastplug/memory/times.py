@@ -29,7 +29,7 @@ class _Passes:
 
 FORWARD = _Passes(11, 4, 3)
 BACKWARD = _Passes(13, 11, 6)
-AGAIN = _Passes(11, 0, 3)
+AGAIN = _Passes(11, 0, 3)  # a forward that makes no activation
 GATE_UP_AGAIN = _Passes(3, 0, 0)
 
 

@@ -46,11 +46,19 @@ def projections_input(
     """
     if not any(needs):
         return None
-    if norm is None:
-        return rows.to(group.dtype)
-    if rstd is not None and rows.dtype == group.dtype and group.takes_unmade(needs):
+    if norm is not None and rstd is not None and rows.dtype == group.dtype and group.takes_unmade(needs):
         return Normed(rows, rstd, weight, norm.offset)
-    return group.ops.rms_norm.forward(rows, weight, norm.eps, out_dtype=group.dtype, **norm.kwargs())[0]
+    return _normed(norm, group, rows, weight)[0]
+
+
+def _normed(
+    norm: Norm | None, group: Group, rows: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The projections' input in the compute dtype, and 1/rms."""
+    if norm is None:
+        return rows.to(group.dtype), None
+    normed, _, rstd = group.ops.rms_norm.forward(rows, weight, norm.eps, out_dtype=group.dtype, **norm.kwargs())
+    return normed, rstd
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class AttentionInputFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         group, ops = spec.group, spec.group.ops
         rows = x.reshape(-1, group.in_features)
-        normed, rstd = _normed(spec, rows, norm_weight)
+        normed, rstd = _normed(spec.norm, group, rows, norm_weight)
         qkv, kept = group.forward(normed)
         q, k, v = _heads(spec, qkv, x.shape[:2])
         raw_q = raw_k = None
@@ -200,18 +208,6 @@ class AttentionInputFunction(torch.autograd.Function):
             dx = dx.to(x.dtype) if dh is None else dx + dh
         dx = dx.view(x.shape) if dx is not None and needs[1] else None
         return None, dx, None, None, d_norm_weight, dq_weight, dk_weight, *grads
-
-
-def _normed(
-    spec: AttentionInput, rows: torch.Tensor, weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The projections' input in the compute dtype, and 1/rms."""
-    if spec.norm is None:
-        return rows.to(spec.group.dtype), None
-    normed, _, rstd = spec.group.ops.rms_norm.forward(
-        rows, weight, spec.norm.eps, out_dtype=spec.group.dtype, **spec.norm.kwargs()
-    )
-    return normed, rstd
 
 
 def _heads(spec: AttentionInput, qkv: torch.Tensor, shape: tuple[int, ...]) -> Three:

@@ -61,7 +61,7 @@ class DoraGroup(Group):
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def adapters(self, x: torch.Tensor, matrices: Kept | None = None) -> Kept:
+    def adapters(self, x: torch.Tensor) -> Kept:
         """Also the scales, and z where it is kept."""
         if self.adapted.dropout:
             return self._dropped(x)

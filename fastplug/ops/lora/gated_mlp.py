@@ -119,7 +119,7 @@ class GatedMLPFunction(torch.autograd.Function):
             return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         if hidden is None:
             hidden = activated(spec, gate_up)
-            down_kept = spec.down.adapters(hidden, matrices)
+            down_kept = spec.down.adapted.forward(hidden, matrices)
             ctx.down_xa = down_kept.xa
         del gate_up
         if not spec.joined and spec.norm is not None:

@@ -51,9 +51,9 @@ class Group:
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def adapters(self, x: torch.Tensor, matrices: Kept | None = None) -> Kept:
-        """The skinny part of the forward: everything that the backward keeps, :meth:`matrices` given or not."""
-        return self.adapted.forward(x, matrices)
+    def adapters(self, x: torch.Tensor) -> Kept:
+        """The skinny part of the forward: everything that the backward keeps."""
+        return self.adapted.forward(x)
 
     def matrices(self) -> Kept | None:
         """What :meth:`adapters` keeps but for x Aᵀ, or None where more of it follows from x."""
