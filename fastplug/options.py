@@ -38,6 +38,9 @@ class Options:
         fp8_weights: ``"kept"`` keeps the base in FP8 beside its own format, a byte a weight for each direction,
             ``"decoded"`` quantizes it anew for each product, ``"auto"`` keeps weights while half of the device's
             memory stays free, but not under ``memory``.
+        base_weights: Of a quantized base: ``"decoded"`` decodes its weights for each product; ``"kept"`` decodes them
+            once and keeps them in the compute dtype beside their own format, which takes as many bytes as a 16-bit
+            base; ``"auto"`` keeps weights while half of the device's memory stays free, but not under ``memory``.
         memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what
             is free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted
             as reserved memory plus the CUDA context. ``"keep"`` lets every layer keep all it can use, ``"full"`` has it
@@ -58,6 +61,7 @@ class Options:
     compute: Literal["exact", "fp8_backward", "fp8"] = "exact"
     exact: tuple[str, ...] = ()
     fp8_weights: Literal["auto", "kept", "decoded"] = "auto"
+    base_weights: Literal["auto", "kept", "decoded"] = "decoded"
     memory: str | float | None = None
     headroom: str | float | None = None
     memory_plan: str | None = None
@@ -80,7 +84,8 @@ class Options:
         _require_one_of("graphs", self.graphs, ("auto", "on", "off"))
         _require_one_of("residual_dtype", self.residual_dtype, ("bfloat16", "float16", "float32", None))
         _require_one_of("compute", self.compute, ("exact", "fp8_backward", "fp8"))
-        _require_one_of("fp8_weights", self.fp8_weights, ("auto", "kept", "decoded"))
+        for name in ("fp8_weights", "base_weights"):
+            _require_one_of(name, getattr(self, name), ("auto", "kept", "decoded"))
         if self.exact and self.compute == "exact":
             raise OptionError(
                 "fastplug: exact names what stays exact under compute='fp8' or 'fp8_backward'; set compute"

@@ -62,6 +62,7 @@ class OpTable:
     low_rank: Any
     column_dots: Any
     scaling: Any
+    adapted_glu: Any
 
     def __init__(self, chosen: Iterable[OpImplementation]) -> None:
         self.names: dict[str, str] = {}
@@ -163,6 +164,7 @@ TRITON_OPS = (
     "low_rank",
     "column_dots",
     "scaling",
+    "adapted_glu",
 )
 
 

@@ -16,7 +16,7 @@ from fastplug.errors import ModelError, StrictError
 from fastplug.manager import Manager, manager
 from fastplug.ops.table import table_for
 from fastplug.options import Options
-from fastplug.patching import fp8
+from fastplug.patching import fp8, weights
 from fastplug.patching.adapters import check_adapters
 from fastplug.patching.bind import bind, parameter_names, unbind
 from fastplug.patching.fitting import misfit
@@ -77,7 +77,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     plugins = manager(options.plugins)
     ops = table_for(device, options.kernels, options.plugins)
     runtime = Runtime(options, ops, plugins.collect("fastplug_codecs"))
-    arithmetic = fp8.prepare(model, device, runtime)
+    arithmetic = [fp8.prepare(model, device, runtime), weights.prepare(runtime)]
     for _, binding in before:  # FSDP moves a model to its device after it was patched
         if binding.runtime.ops is not ops:
             binding.runtime.ops, binding.runtime.graphs = ops, None
@@ -87,8 +87,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     result.device, result.ops = str(device), dict(ops.names)
     result.decisions = [_decision(site, choice) for site, choice in decided]
     result.notes = check_weights(model, runtime.codec) if decided else [_no_site_note(model)]
-    if arithmetic is not None:
-        result.notes.append(arithmetic)
+    result.notes += [note for note in arithmetic if note is not None]
     if options.strict:
         _check_strict(result)
     for site, choice in decided:

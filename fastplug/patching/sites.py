@@ -16,6 +16,7 @@ from fastplug.options import Options
 
 if TYPE_CHECKING:
     from fastplug.ops.lora.fp8_base import Fp8
+    from fastplug.ops.lora.kept_weights import KeptWeights
     from fastplug.patching.report import Report
     from fastplug.quant import Codec
 
@@ -44,6 +45,7 @@ class Runtime:
     offload: Any = None  # fastplug.memory.offload.Offloader, once a layer's input was offloaded
     memory: Any = None  # fastplug.memory.runtime.Planner, where the options ask for a plan
     fp8: Fp8 | None = None  # where base products are computed in FP8
+    weights: KeptWeights | None = None  # decoded ones, where the options ask for them to be kept
     exact: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)  # linear modules that are left out
 
     def codec(self, linear: nn.Module) -> Codec | None:

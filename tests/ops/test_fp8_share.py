@@ -9,6 +9,7 @@ import torch
 
 from fastplug.ops.fp8 import kernel, reference, share
 from fastplug.ops.fp8.reference import FP8
+from fastplug.ops.gluon import multiprocessors
 from fastplug.ops.low_rank import kernel as low_rank
 from tests.accuracy import assert_as_accurate
 
@@ -18,7 +19,7 @@ SHAPES = [(16, 16, 16, 8, 1.0), (100, 208, 144, 16, 0.5), (300, 528, 272, 48, 1.
 @pytest.fixture
 def hopper(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A GPU that the kernel is for, which takes small products too."""
-    if not share._multiprocessors(device):
+    if not multiprocessors(device):
         pytest.skip("not this GPU")
     monkeypatch.setattr(share, "WAVES", 0)
     return device

@@ -1,4 +1,4 @@
-"""FP8 products with an adapter's share, as the compiler makes them for Hopper without a GPU.
+"""The kernels in Gluon, as the compiler makes them for Hopper without a GPU.
 
     python -m tests.ops.test_hopper_compiled
 
@@ -18,14 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastplug.ops.configs import CHIPS
+from fastplug.ops.configs import CHIPS, REGISTERS
 from fastplug.ops.fp8.reference import FP8
-from fastplug.ops.fp8.share import FIRST, TILE
+from fastplug.ops.fp8.share import TILE
+from fastplug.ops.gluon import FIRST
 from tests.ops.test_launch_table import run
 
 HOPPER = 90
 GLUON = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) >= FIRST
 RANKS = [(16, False), (32, False), (48, True), (128, False)]  # of adapters on one, two and three projections
+UNITS = [(16, "silu"), (32, "silu"), (64, "gelu_tanh")]
+SPILLED = 96  # bytes of registers that a thread of the unit's backward may put aside
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +38,68 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_products_fit_and_never_wait_for_the_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     """Four steps of the tensor cores and one wait: else the assembler has put one after each, at half the speed."""
-    assert len(compiled) == (len(RANKS) if GLUON else 0)
-    for kernel in compiled:
+    products = [kernel for kernel in compiled if "share" in kernel]
+    assert len(products) == (len(RANKS) if GLUON else 0)
+    for kernel in products:
         assert kernel["shared"] <= CHIPS[HOPPER].shared * 1024, kernel
         assert kernel["spilled"] == 0, kernel
         assert kernel["multiply"] == 4 + kernel["share"], kernel
         assert kernel["commit"] == 1 + kernel["blocks"], kernel
 
 
+def test_two_programs_of_the_gated_unit_share_a_multiprocessor(compiled: list[dict[str, Any]]) -> None:
+    """One computes while the other waits. Tiles move between memory and the tensor cores' layout 16 bytes at a time."""
+    units = [kernel for kernel in compiled if "direction" in kernel]
+    assert len(units) == (2 * len(UNITS) if GLUON else 0)
+    for kernel in units:
+        together = 1 if kernel["rank"] == 64 else 2
+        assert together * (kernel["shared"] + 1024) <= 228 * 1024, kernel
+        assert together * kernel["registers"] * kernel["warps"] * 32 <= REGISTERS, kernel
+        assert kernel["spilled"] <= (SPILLED if kernel["direction"] == "backward" else 0), kernel
+        assert kernel["multiply"] >= (2 if kernel["direction"] == "forward" else 5), kernel
+        assert kernel["matrices"] > 0, kernel
+        assert kernel["singles"] == 0, kernel
+
+
 def main() -> None:
+    products()
+    units()
+
+
+def units(tokens: int = 256, width: int = 512) -> None:
+    from tests.ops.ahead_of_time import compiling, resources
+
+    if not GLUON:
+        return
+    from fastplug.ops.adapted_glu import hopper_backward, hopper_forward
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    for rank, activation in UNITS:
+        gate_up, x, b, a = (
+            empty(tokens, 2 * width),
+            empty(tokens, 2 * rank),
+            empty(2 * width, 2 * rank),
+            empty(rank, width),
+        )
+        shared = ((x, x[:, rank:]), (b[:width], b[width:, rank:]), a, rank, 132, activation)
+        for direction in ("forward", "backward"):
+            with compiling(HOPPER) as kernels:
+                if direction == "forward":
+                    hopper_forward.launch(gate_up, empty(tokens, width), *shared)
+                else:
+                    hopper_backward.launch(empty(tokens, width), empty(tokens, rank), gate_up, gate_up, *shared)
+            code = disassembled(kernels[0][1])
+            counts = {
+                "multiply": len(re.findall(r"\bHGMMA", code)),
+                "matrices": len(re.findall(r"\b(?:LDSM|STSM)", code)),
+                "singles": len(re.findall(r"\b(?:LDS|STS)\.U16", code)),
+            }
+            print(json.dumps({"direction": direction, "rank": rank, **resources(kernels[0][1]), **counts}), flush=True)
+
+
+def products() -> None:
     from tests.ops.ahead_of_time import compiling, resources
 
     if not GLUON:

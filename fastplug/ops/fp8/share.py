@@ -7,36 +7,21 @@ limit, and nothing was gained there.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import logging
 from typing import Any
 
 import torch
-import triton
 
+from fastplug.ops import gluon
+from fastplug.ops.gluon import ALIGNMENT, aligned, multiprocessors
 from fastplug.ops.library import custom_op
 
-logger = logging.getLogger("fastplug")
-ARCHITECTURE = (9, 0)  # Ada has no copy engine, and the tiles are not those of Blackwell
 LARGEST_RANK = 128
-ALIGNMENT = 16  # bytes between rows, for the copy engine
 WAVES = 2  # tiles for each multiprocessor, below which cuBLAS cuts a product better
 TILE = 128, 256  # rows and columns of the result that a program makes at once
-FIRST = (3, 6)  # the Triton that has what the kernel is written in
 
 broken: list[str] = []
 """Why the kernel is used no more, once a version of Triton could not compile it."""
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU that the kernel is for, or 0."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if device.type != "cuda" or torch.version.hip is not None or version < FIRST:
-        return 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if (properties.major, properties.minor) == ARCHITECTURE else 0
 
 
 def suits(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -52,19 +37,14 @@ def suits(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Ten
     if broken or torch.compiler.is_compiling():  # which knows no addresses
         return False
     (M, K), N, R = a.shape, len(b), left.shape[1]
-    processors = _multiprocessors(a.device)
+    processors = multiprocessors(a.device)
     if not processors or not M or not K or not 0 < R <= LARGEST_RANK:
         return False
     if WAVES * processors > -(-M // TILE[0]) * -(-N // TILE[1]) or N * dtype.itemsize % ALIGNMENT:
         return False
     if dtype not in (torch.bfloat16, torch.float16) or not left.dtype == right.dtype == dtype:
         return False
-    return all(map(_aligned, (a, b, left))) and (_aligned(right) or _aligned(right.t()))
-
-
-def _aligned(matrix: torch.Tensor) -> bool:
-    row = matrix.stride(0) * matrix.itemsize
-    return matrix.stride(1) == 1 and row % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
+    return all(map(aligned, (a, b, left))) and (aligned(right) or aligned(right.t()))
 
 
 @custom_op("y")
@@ -84,25 +64,17 @@ def fp8_product_add(
     accumulation", as in ``kernel.product``); the share is summed in fp32.
     """
     kernel: Any = importlib.import_module("fastplug.ops.fp8.hopper")  # Gluon takes its time to import
-    kernel.launch(y, a, a_scale, b, b_scale, left, right, alpha, _multiprocessors(a.device), TILE)
+    kernel.launch(y, a, a_scale, b, b_scale, left, right, alpha, multiprocessors(a.device), TILE)
 
 
 def attempt(*args: Any) -> bool:
     """:func:`fp8_product_add`, unless this version of Triton cannot compile it: then it is never tried again."""
-    try:
+
+    def call() -> bool:
         fp8_product_add(*args)
-    except (RuntimeError, AttributeError, TypeError, ImportError, triton.CompilationError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
-            raise
-        broken.append(f"{type(error).__name__}: {error}")
-        logger.warning(
-            "fastplug: adapters are added in passes of their own, since Triton %s does not compile the kernel that "
-            "adds them inside of products (%s)",
-            triton.__version__,
-            type(error).__name__,
-        )
-        return False
-    return True
+        return True
+
+    return bool(gluon.attempt(broken, "adapters are added to FP8 products in passes of their own", call))
 
 
 __all__ = ["attempt", "broken", "fp8_product_add", "suits"]

@@ -77,10 +77,18 @@ class Adapters:
     def _scaled(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """scaling · left @ right into ``out`` [tokens, rank]; the factor comes before the rounding if it is one."""
         out.addmm_(left, right, beta=0, alpha=1.0 if self.scaling is None else self.scaling)
+        return self._scaled_apart(out)
+
+    def scaled(self, product: torch.Tensor) -> torch.Tensor:
+        """scaling · product [tokens, rank] in the compute dtype."""
+        return self._scaled_apart(product if self.scaling is None else product * self.scaling).to(self.dtype)
+
+    def _scaled_apart(self, product: torch.Tensor) -> torch.Tensor:
+        """The columns of each adapter times its scaling in place, where there is not one for all."""
         if self.scaling is None:
             for p, _, columns in self.blocks:
-                out[:, columns].mul_(p.scaling)
-        return out
+                product[:, columns].mul_(p.scaling)
+        return product
 
     def _empty(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
         return torch.empty(tokens, self.rank, dtype=self.dtype, device=like.device)

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from fastplug.ops.lora.group import Group, Weight
+from fastplug.ops.lora.kept_weights import KeptWeights
 from fastplug.ops.lora.matmul import mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
@@ -53,8 +54,14 @@ class DoraGroup(Group):
         output_known: Whether :meth:`knowing` will give y back to the backward. Then z is not kept, but for dropout.
     """
 
-    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable) -> None:
-        super().__init__(projections, dtype, ops)
+    def __init__(
+        self,
+        projections: Sequence[Projection],
+        dtype: torch.dtype,
+        ops: OpTable,
+        weights: KeptWeights | None = None,
+    ) -> None:
+        super().__init__(projections, dtype, ops, weights=weights)
 
     def tensors(self) -> list[torch.Tensor | None]:
         return [*super().tensors(), *(p.magnitude for p in self.projections)]

@@ -7,12 +7,12 @@ channel. Adapters stay exact beside it; where the op can, their share is added b
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fastplug.ops.lora.kept_weights import KeptWeights
 from fastplug.ops.recompute import recomputing
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fastplug.ops.lora.projection import Kept as GroupKept
 
 MULTIPLE = 16  # of every dimension of an FP8 product, see torch._scaled_mm
-KEPT_SHARE = 0.5  # of the device's memory that has to stay free for weights to be kept in FP8
 
 
 class Quantized(NamedTuple):
@@ -37,14 +36,6 @@ class Share(NamedTuple):
     right: torch.Tensor
 
 
-class Kept(NamedTuple):
-    """A weight in FP8, whose it is, and where and which version of it was quantized."""
-
-    owners: list[weakref.ref[object]]
-    state: list[tuple[int, int]]
-    weight: Quantized
-
-
 @dataclass
 class Fp8:
     """Which base products run in FP8.
@@ -57,7 +48,10 @@ class Fp8:
 
     forward: bool
     keep: bool | None = None
-    _kept: dict[tuple[int, ...], Kept] = field(default_factory=dict)
+    kept: KeptWeights = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = KeptWeights(self.keep)
 
     def covers(self, group: Group) -> bool:
         """Whether all products of a group can be FP8: frozen weights, dimensions in multiples of 16, in bf16.
@@ -96,28 +90,12 @@ class Fp8:
         return (fp8.product(*rows, *weight, group.dtype), False) if y is None else (y, True)
 
     def _weight(self, group: Group, transposed: bool) -> Quantized:
-        owners = [p.owner for p in group.projections]
-        if any(owner is None for owner in owners):
+        def make() -> Quantized:
             return _quantize(group, transposed)
-        key = (*map(id, owners), int(transposed))
-        state = group.stored_state()
-        kept = self._kept.get(key)
-        if kept is not None and kept.state == state and all(ref() is owner for ref, owner in zip(kept.owners, owners)):
-            return kept.weight
-        self._kept.pop(key, None)
-        made = _quantize(group, transposed)
-        if self._keeps(made.values):
-            self._kept[key] = Kept([weakref.ref(owner) for owner in owners], state, made)
-        return made
 
-    def _keeps(self, values: torch.Tensor) -> bool:
-        if self.keep is not None or not values.is_cuda:
-            return bool(self.keep)
-        if torch.cuda.is_current_stream_capturing():
-            return False  # it would lie in the graph's memory
-        free, total = torch.cuda.mem_get_info(values.device)
-        cached = torch.cuda.memory_reserved(values.device) - torch.cuda.memory_allocated(values.device)
-        return free + cached > KEPT_SHARE * total
+        owners, state = [p.owner for p in group.projections], group.stored_state()
+        name = "transposed e4m3" if transposed else "e4m3"
+        return self.kept.get(owners, name, state, make, group.device)[0]
 
 
 def _quantize(group: Group, transposed: bool) -> Quantized:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from fastplug.ops.lora.adapted_unit import Unit
 from fastplug.ops.lora.attention_input import Norm
-from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized
+from fastplug.ops.lora.gated_mlp_rows import backward, normalized
 from fastplug.ops.lora.gated_mlp_tiles import backward_in_tiles, forward_in_tiles
 from fastplug.ops.lora.group import Group, Kept
 from fastplug.ops.recompute import nodes_stay, tensors_left
@@ -104,24 +105,23 @@ class GatedMLPFunction(torch.autograd.Function):
             return forward_in_tiles(ctx, spec, h, norm_weight, tiles, x.shape)
 
         normed, h, rstd = normalized(spec, rows, norm_weight, residual_rows)
-        gate_up, kept = spec.gate_up.forward(normed)
+        unit = Unit.of(spec, normed)
         del normed
+        gate_up, kept = unit.gate_up, unit.kept
         # Under gradient checkpointing x Aᵀ of down stays here, so that the second pass need not make the activation.
-        matrices = spec.down.matrices() if nodes_stay() else None
+        matrices = unit.down if nodes_stay() else None
         hidden, down_kept = None, matrices
         if down_kept is None:
-            hidden = activated(spec, gate_up)
-            down_kept = spec.down.adapters(hidden)
+            hidden, down_kept = unit.result()
         saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.tensors(), *down_kept.tensors())
-        ctx.count, ctx.down_xa = len(kept.tensors()), None
+        ctx.count, ctx.down_xa, ctx.base_only = len(kept.tensors()), None, unit.adapted is not None
         ctx.save_for_backward(*saved)
         if (spec.joined or spec.norm is None) and tensors_left() == sum(tensor is not None for tensor in saved):
             return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         if hidden is None:
-            hidden = activated(spec, gate_up)
-            down_kept = spec.down.adapted.forward(hidden, matrices)
-            ctx.down_xa = down_kept.xa
-        del gate_up
+            hidden, down_kept = unit.result()
+            ctx.down_xa, ctx.base_only = down_kept.xa, unit.adapted is not None
+        del gate_up, unit
         if not spec.joined and spec.norm is not None:
             return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)
         start = h.clone() if spec.norm is not None and h.dtype == dtype else None
@@ -155,7 +155,9 @@ class GatedMLPFunction(torch.autograd.Function):
             last = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
             if last:
                 ctx.down_xa = None
-            dx, d_norm_weight, grads = backward(spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last)
+            dx, d_norm_weight, grads = backward(
+                spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last, ctx.base_only
+            )
         dx = None if dx is None else dx.view(shape)
         d_residual = dx.to(residual_dtype) if dx is not None and needs[2] and residual_dtype is not None else None
         d_input = dx.to(x_dtype) if dx is not None and needs[1] else None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastplug.ops.lora.adapted_unit import UnitGradients, base_product, known_b, one_pass, with_known
 from fastplug.ops.lora.attention_input import projections_input
 from fastplug.ops.lora.group import Grads, Kept
 
@@ -25,14 +26,6 @@ def normalized(
     return normed, h, rstd
 
 
-def activated(spec: GatedMLP, gate_up: torch.Tensor) -> torch.Tensor:
-    """act(gate) · up [rows, width]."""
-    gate, up = gate_up.split(spec.widths, dim=-1)
-    hidden = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    spec.down.ops.glu.forward(gate, up, spec.activation, hidden)
-    return hidden
-
-
 def backward(
     spec: GatedMLP,
     g: torch.Tensor,
@@ -44,6 +37,7 @@ def backward(
     stream: torch.Tensor | None,
     needs: tuple[bool, ...],
     last: bool = False,
+    base_only: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, Grads]:
     """The gradients of x + residual [rows, hidden], of the norm's weight, and of all projections' tensors.
 
@@ -56,40 +50,38 @@ def backward(
         stream: The gradient that h has from elsewhere [rows, hidden], or None.
         needs: Which arguments of the node need a gradient.
         last: Whether nobody reads gate_up any more: then its gradient is written over it.
+        base_only: Whether gate_up is without its adapters' share.
     """
-    ops, dtype = spec.gate_up.ops, spec.gate_up.dtype
-    inner = 4 + len(spec.gate_up.tensors())
-    needs_hidden = any(needs[inner:])
-    g = g.to(dtype)
+    ops, inner = spec.gate_up.ops, 4 + len(spec.gate_up.tensors())
+    g = g.to(spec.gate_up.dtype)
     if spec.factor != 1.0:
         g = g * spec.factor
     overwrite, late = last or gate_up is None, kept is None
     if gate_up is None:
-        gate_up, rstd, kept = _recomputed(spec, h, norm_weight, kept)
+        gate_up, rstd, kept = _recomputed(spec, h, norm_weight, kept, base_only)
     assert kept is not None
-    gate_up_kept, down_kept = spec.gate_up.knowing(kept[0], gate_up), kept[1]
-    gate, up = gate_up.split(spec.widths, dim=-1)
-    # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
-    hidden, gb = spec.down.input_gradient(g, down_kept, True)
-    assert hidden is not None
-    compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
-    overwrite = overwrite and not compiling and not spec.gate_up.output_known
-    d_gate_up = gate_up if overwrite else torch.empty_like(gate_up)
-    d_gate, d_up = d_gate_up.split(spec.widths, dim=-1)
-    d_hidden = hidden
-    if needs_hidden and compiling:
-        hidden = torch.empty_like(d_hidden)
-    ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden if needs_hidden else None)
-    del d_hidden, gate_up, gate, up
-    if needs_hidden and late:
-        down_kept = spec.down.adapters(hidden)
-    down_grads = spec.down.parameter_gradients(g, gb, hidden if needs_hidden else None, down_kept, needs[inner:])
-    del hidden
+    found = None
+    if base_only:
+        out = gate_up if overwrite else torch.empty_like(gate_up)
+        found = one_pass(spec, g, gate_up, kept, needs[inner:], out)
+        if found is None:
+            gate_up = gate_up if overwrite else gate_up.clone()
+            spec.gate_up.add_output_share(gate_up, kept[0])
+    gate_up_kept = spec.gate_up.knowing(kept[0], gate_up)
+    if found is None:
+        found = _one_by_one(spec, g, gate_up, kept[1], needs[inner:], overwrite, late)
+    del gate_up
 
-    d_normed, gb = spec.gate_up.input_gradient(d_gate_up, gate_up_kept, needs[1] or needs[2] or needs[3])
+    needs_dx, gb = needs[1] or needs[2] or needs[3], found.gb
+    if gb is None:
+        d_normed, gb = spec.gate_up.input_gradient(found.gate_up, gate_up_kept, needs_dx)
+    else:
+        d_normed = spec.gate_up.dx(found.gate_up, gb, gate_up_kept) if needs_dx else None
     entered = projections_input(spec.norm, spec.gate_up, h, rstd, norm_weight, needs[4:inner])
-    gate_up_grads = spec.gate_up.parameter_gradients(d_gate_up, gb, entered, gate_up_kept, needs[4:inner])
-    del d_gate_up, entered
+    known = known_b(spec.gate_up, found.b)
+    gate_up_grads = with_known(spec.gate_up, found.gate_up, gb, entered, gate_up_kept, needs[4:inner], known)
+    down_grads = found.down
+    del found, entered
     d_norm_weight = None
     if spec.norm is not None and d_normed is not None:
         d_normed, d_norm_weight = ops.rms_norm.backward(
@@ -98,12 +90,47 @@ def backward(
     return d_normed, d_norm_weight, [*gate_up_grads, *down_grads]
 
 
+def _one_by_one(
+    spec: GatedMLP,
+    g: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_kept: Kept,
+    needs: tuple[bool, ...],
+    overwrite: bool,
+    late: bool,
+) -> UnitGradients:
+    """The gradients of gate and up, and of down's tensors, in a pass for each product.
+
+    Args:
+        spec, g, gate_up: As of :func:`backward`.
+        down_kept: What down keeps, of x Aᵀ nothing if ``late``.
+        needs: Which of down's tensors need a gradient.
+        overwrite: Whether gate_up may be written over.
+        late: Whether x Aᵀ of down is still to be made.
+    """
+    # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
+    hidden, gb = spec.down.input_gradient(g, down_kept, True)
+    assert hidden is not None
+    compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
+    overwrite = overwrite and not compiling and not spec.gate_up.output_known
+    d_gate_up = gate_up if overwrite else torch.empty_like(gate_up)
+    (gate, up), (d_gate, d_up) = gate_up.split(spec.widths, dim=-1), d_gate_up.split(spec.widths, dim=-1)
+    d_hidden = hidden
+    if any(needs) and compiling:
+        hidden = torch.empty_like(d_hidden)
+    spec.gate_up.ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden if any(needs) else None)
+    if any(needs) and late:
+        down_kept = spec.down.adapters(hidden)
+    grads = spec.down.parameter_gradients(g, gb, hidden if any(needs) else None, down_kept, needs)
+    return UnitGradients(d_gate_up, grads)
+
+
 def _recomputed(
-    spec: GatedMLP, h: torch.Tensor, weight: torch.Tensor | None, kept: tuple[Kept, Kept] | None
+    spec: GatedMLP, h: torch.Tensor, weight: torch.Tensor | None, kept: tuple[Kept, Kept] | None, base_only: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Kept, Kept]]:
     """Gate and up [rows, 2 width], 1/rms, and what the groups keep: of down A and B only, where it was not kept."""
     normed, _, rstd = normalized(spec, h, weight)
     if kept is None:
         nothing = torch.empty(0, spec.down.in_features, dtype=spec.down.dtype, device=h.device)
         kept = spec.gate_up.adapters(normed), spec.down.adapters(nothing)
-    return spec.gate_up.products(normed, kept[0]), rstd, kept
+    return base_product(spec, normed, kept[0], base_only), rstd, kept

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastplug.ops.lora.gated_mlp_rows import activated, backward, normalized
+from fastplug.ops.lora.adapted_unit import activated
+from fastplug.ops.lora.gated_mlp_rows import backward, normalized
 from fastplug.ops.lora.group import Grads, Kept
 from fastplug.ops.recompute import tensors_left
 

@@ -6,20 +6,26 @@ no pass over y of its own; likewise in dx = g W + s · (g B) A.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
+from fastplug.ops.lora.kept_weights import KeptWeights, State
 from fastplug.ops.lora.matmul import mm
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
 
+if TYPE_CHECKING:
+    from fastplug.quant.codec import EncodedWeight
+
 
 class Weight(NamedTuple):
-    """A dense base weight in the compute dtype, its rows of y, and whether it was decoded into a buffer of its own."""
+    """A dense base weight in the compute dtype, its rows of y, and whether it may be written over: it lies in a buffer
+    into which it was decoded for this product alone."""
 
     matrix: torch.Tensor
     rows: slice
@@ -36,7 +42,12 @@ class Group:
     output_known = False
 
     def __init__(
-        self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable, fp8: Fp8 | None = None
+        self,
+        projections: Sequence[Projection],
+        dtype: torch.dtype,
+        ops: OpTable,
+        fp8: Fp8 | None = None,
+        weights: KeptWeights | None = None,
     ) -> None:
         self.projections = projections
         self.dtype = dtype
@@ -44,6 +55,7 @@ class Group:
         self.out_features = sum(p.shape[0] for p in projections)
         self.in_features = projections[0].shape[1]
         self.adapted = Adapters(projections, dtype)
+        self.weights = weights
         self.fp8 = fp8 if fp8 is not None and fp8.covers(self) else None
 
     def tensors(self) -> list[torch.Tensor | None]:
@@ -111,10 +123,12 @@ class Group:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features]."""
         gb = self.adapted.scaled_gb(g, kept)
-        if not needs_dx:
-            return None, gb
+        return (self.dx(g, gb, kept) if needs_dx else None), gb
+
+    def dx(self, g: torch.Tensor, gb: torch.Tensor | None, kept: Kept) -> torch.Tensor:
+        """The gradient of x, given s · g B; with None for that, the base's alone."""
         if self.fp8 is not None:
-            return self.fp8.input_gradient(self, g, gb, kept), gb
+            return self.fp8.input_gradient(self, g, gb, kept)
         dx = None if gb is None else self.adapted.dx(gb, kept)
         start = dx is not None
         if dx is None:
@@ -122,7 +136,7 @@ class Group:
         for weight, rows, _ in self._weights():
             dx.addmm_(g[:, rows], weight, beta=1 if start else 0)
             start = True
-        return dx, gb
+        return dx
 
     def add_input_share(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``dx`` in place."""
@@ -182,25 +196,50 @@ class Group:
             row = end
         return buffer
 
-    def stored_state(self) -> list[tuple[int, int]]:
+    @property
+    def device(self) -> torch.device:
+        """Where the stored weights lie."""
+        return self.projections[0].read().tensors[0].device
+
+    def stored_state(self) -> State:
         """Where each stored weight lies and which version it is: what is derived from them holds while this does."""
-        stored = [p.read().tensors[0] for p in self.projections]
-        return [(tensor.data_ptr(), tensor._version) for tensor in stored]
+        return _state([p.read() for p in self.projections])
 
     def _weights(self) -> list[Weight]:
         """The dense weights: one for all that had to be decoded together."""
         encoded = [p.read() for p in self.projections]
-        if any(not weight.stored_densely for weight in encoded) and encoded[0].tensors[0].device.type != "cpu":
-            return [Weight(self.decoded(), slice(0, self.out_features), True)]  # a CPU gains nothing by one product
+        device = encoded[0].tensors[0].device
+        if any(not weight.stored_densely for weight in encoded) and device.type != "cpu":
+            matrix, own = self._kept(self.projections, encoded, self.decoded)
+            return [Weight(matrix, slice(0, self.out_features), own)]  # a CPU gains nothing by one product
         parts, row = [], 0
-        for weight in encoded:
-            stored = matrix = weight.dense(self.dtype)
-            if matrix is None:
-                matrix = torch.empty(weight.shape, dtype=self.dtype, device=weight.tensors[0].device)
-                weight.decode(matrix, self.ops)
-            parts.append(Weight(matrix, slice(row, row + len(matrix)), stored is None))
-            row += len(matrix)
+        for p, weight in zip(self.projections, encoded):
+            stored, own = weight.dense(self.dtype), False
+            if stored is None:
+                stored, own = self._kept([p], [weight], partial(self._decode, weight))
+            parts.append(Weight(stored, slice(row, row + len(stored)), own))
+            row += len(stored)
         return parts
+
+    def _decode(self, weight: EncodedWeight) -> torch.Tensor:
+        matrix = torch.empty(weight.shape, dtype=self.dtype, device=weight.tensors[0].device)
+        weight.decode(matrix, self.ops)
+        return matrix
+
+    def _kept(
+        self, projections: Sequence[Projection], encoded: Sequence[EncodedWeight], make: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, bool]:
+        """Their decoded weight, kept or made, and whether it may be written over."""
+        if self.weights is None:
+            return make(), True
+        owners, device = [p.owner for p in projections], encoded[0].tensors[0].device
+        matrix, kept = self.weights.get(owners, str(self.dtype), _state(encoded), make, device)
+        return matrix, not kept
+
+
+def _state(encoded: Sequence[EncodedWeight]) -> State:
+    stored = [weight.tensors[0] for weight in encoded]
+    return [(tensor.data_ptr(), tensor._version) for tensor in stored]
 
 
 __all__ = ["Grads", "Group", "Kept", "Normed", "Projection"]

@@ -32,11 +32,11 @@ def read_group(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, runti
     if isinstance(dtype, str):
         return dtype
     if any(p.magnitude is not None for p in projections):
-        return DoraGroup(projections, dtype, runtime.ops)
+        return DoraGroup(projections, dtype, runtime.ops, weights=runtime.weights)
     fp8 = runtime.fp8
     if fp8 is not None and any(p.owner in runtime.exact for p in projections):
         fp8 = None
-    return Group(projections, dtype, runtime.ops, fp8)
+    return Group(projections, dtype, runtime.ops, fp8, runtime.weights)
 
 
 def interception(module: nn.Module, parts: tuple[str, ...]) -> str | None:

@@ -1,0 +1,85 @@
+"""Forms of frozen weights that are kept from step to step, so that no product makes them anew.
+
+A form is found by the modules that own the weights, and made again when a stored weight has moved or was written to.
+So nothing here outlives a merge or a load, and FSDP's weights, which move at each gathering, are soon not kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+SHARE = 0.5  # of the device's memory that has to stay free for weights to be kept of fastplug's own accord
+RENEWALS = 4  # of one form, after which its weights are taken to move all the time
+
+State = list[tuple[int, int]]
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """Whose weights a form was made of, where and which version they were, and the form."""
+
+    owners: list[weakref.ref[object]]
+    state: State
+    form: Any
+
+
+@dataclass
+class KeptWeights:
+    """What is kept of one model.
+
+    Attributes:
+        keep: True, False, or None for as long as half of the device's memory stays free.
+    """
+
+    keep: bool | None
+    _entries: dict[Hashable, Entry] = field(default_factory=dict)
+    _renewals: Counter[Hashable] = field(default_factory=Counter)
+
+    def get(
+        self,
+        owners: Sequence[object],
+        name: str,
+        state: State,
+        make: Callable[[], T],
+        device: torch.device,
+    ) -> tuple[T, bool]:
+        """The form of that name, and whether it is kept, which means that nobody may write to it.
+
+        Args:
+            owners: The modules of the weights, in their order; None among them where one is not known.
+            name: Which form it is.
+            state: Where each stored weight lies and which version it is, see :meth:`Group.stored_state`.
+            make: Makes it anew.
+            device: Where it lies.
+        """
+        if self.keep is False or any(owner is None for owner in owners):
+            return make(), False
+        key = (name, *map(id, owners))
+        entry = self._entries.get(key)
+        if entry is not None:
+            if entry.state == state and all(ref() is owner for ref, owner in zip(entry.owners, owners)):
+                return entry.form, True
+            del self._entries[key]
+            self._renewals[key] += 1
+        form = make()
+        if self._renewals[key] >= RENEWALS or not self._room(device):
+            return form, False
+        self._entries[key] = Entry([weakref.ref(owner) for owner in owners], state, form)
+        return form, True
+
+    def _room(self, device: torch.device) -> bool:
+        if device.type != "cuda":
+            return bool(self.keep)
+        if torch.cuda.is_current_stream_capturing():
+            return False  # it would lie in the graph's memory
+        if self.keep:
+            return True
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached > SHARE * total

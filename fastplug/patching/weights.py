@@ -1,0 +1,25 @@
+"""Whether decoded weights of a quantized base stay from step to step."""
+
+from __future__ import annotations
+
+from fastplug.ops.lora.kept_weights import KeptWeights
+from fastplug.options import Options
+from fastplug.patching.sites import Runtime
+
+KEEP = {"kept": True, "decoded": False, "auto": None}
+
+
+def keeping(choice: str, options: Options) -> bool | None:
+    """What ``"kept"``, ``"decoded"`` or ``"auto"`` comes to: a memory budget is for what its plan knows of."""
+    keep = KEEP[choice]
+    return False if keep is None and options.memory is not None else keep
+
+
+def prepare(runtime: Runtime) -> str | None:
+    """Set the runtime up for ``Options.base_weights``; returns what the report says about it."""
+    keep = keeping(runtime.options.base_weights, runtime.options)
+    if keep is False:
+        return None
+    runtime.weights = KeptWeights(keep)
+    many = "all" if keep else "as many as leave half of the device's memory free"
+    return f"quantized weights are decoded once and kept in 16 bits beside their own format, {many}"

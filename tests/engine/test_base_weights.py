@@ -1,0 +1,154 @@
+"""Decoded weights that are kept: the same bits as decoding them each time, until the stored ones change."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import fastplug
+from fastplug.errors import OptionError
+from fastplug.ops.lora.kept_weights import RENEWALS, KeptWeights
+from fastplug.quant.codec import EncodedWeight
+from tests import models
+from tests.engine.step import patched, step
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many weights were decoded."""
+    count: Counter[str] = Counter()
+    decode = EncodedWeight.decode
+
+    def counted(self: EncodedWeight, *args: Any, **kwargs: Any) -> Any:
+        count["decoded"] += 1
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(EncodedWeight, "decode", counted)
+    return count
+
+
+@pytest.fixture
+def batch(device):
+    return {name: value.to(device) for name, value in models.batch(2, 16).items()}
+
+
+def same(ours, theirs) -> None:
+    assert torch.equal(ours.loss, theirs.loss)
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in ours.gradients.items():
+        assert torch.equal(gradient, theirs.gradients[name]), name
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_same_bits_and_no_decoding_after_the_first_step(device, batch, decoded, dora):
+    model = (models.lora(models.quantized(models.plain()), use_dora=True) if dora else models.qlora()).to(device)
+    expected = step(patched(model), batch)
+    twin = patched(model, base_weights="kept")
+    decoded.clear()
+    same(step(twin, batch), expected)
+    first = decoded["decoded"]
+    decoded.clear()
+    same(step(twin, batch), expected)
+    assert first > 0
+    assert decoded["decoded"] == 0
+    assert "decoded once and kept in 16 bits" in str(fastplug.report(twin))
+
+
+def test_a_weight_that_is_written_to_is_decoded_again(device, batch):
+    model = models.qlora().to(device)
+    twin = patched(model, base_weights="kept")
+    step(twin, batch)
+    twin.merge_adapter()
+    twin.unmerge_adapter()
+    other = models.qlora(seed=7).to(device)
+    for (name, mine), (_, theirs) in zip(twin.named_parameters(), other.named_parameters()):
+        if mine.dtype == torch.uint8:
+            assert "weight" in name
+            with torch.no_grad():
+                mine.copy_(theirs)
+            mine.quant_state = theirs.quant_state
+        else:
+            mine.data.copy_(theirs.data)
+    same(step(twin, batch), step(patched(other), batch))
+
+
+def test_what_was_kept_goes_with_the_patch(device, batch):
+    model = models.qlora().to(device)
+    applied = fastplug.apply(model, base_weights="kept")
+    step(model, batch)
+    patched_one = next(module for module in model.modules() if "_fastplug" in module.__dict__)
+    kept = [weakref.ref(entry.form) for entry in patched_one._fastplug.runtime.weights._entries.values()]
+    assert kept
+    applied.undo()
+    del applied
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+
+
+@pytest.mark.parametrize(("choice", "options"), [("decoded", {}), ("auto", {"memory": "keep"})])
+def test_nothing_is_kept_unless_it_is_asked_for(device, batch, decoded, choice, options):
+    twin = patched(models.qlora().to(device), base_weights=choice, **options)
+    step(twin, batch)
+    decoded.clear()
+    step(twin, batch)
+    assert decoded["decoded"] > 0
+    assert "kept in 16 bits" not in str(fastplug.report(twin))
+
+
+def test_bad_input():
+    with pytest.raises(OptionError, match="base_weights cannot be 'always'; one of 'auto', 'kept', 'decoded'"):
+        fastplug.Options(base_weights="always")  # type: ignore[arg-type]
+
+
+class Owner:
+    pass
+
+
+def test_weights_that_move_all_the_time_are_not_kept():
+    kept, owner, made = KeptWeights(True), Owner(), []
+
+    def get(address: int) -> tuple[object, bool]:
+        return kept.get([owner], "form", [(address, 0)], lambda: made.append(address) or object(), torch.device("cpu"))
+
+    first, one = get(0)
+    again, two = get(0)
+    assert (one, two) == (True, True)
+    assert first is again
+    for address in range(1, RENEWALS):
+        assert get(address)[1]
+    assert not get(RENEWALS)[1]
+    assert not get(RENEWALS)[1]
+    assert made == [*range(RENEWALS), RENEWALS, RENEWALS]
+    assert not kept._entries
+
+
+def test_whose_they_are():
+    kept, device = KeptWeights(True), torch.device("cpu")
+    assert kept.get([None], "form", [], object, device)[1] is False
+    owner = Owner()
+    mine, _ = kept.get([owner], "form", [], object, device)
+    assert kept.get([Owner()], "form", [], object, device)[0] is not mine
+    assert kept.get([owner], "other form", [], object, device)[0] is not mine
+    assert kept.get([owner], "form", [], object, device)[0] is mine
+    assert KeptWeights(False).get([owner], "form", [], object, device)[1] is False
+
+
+def test_room_on_a_gpu(monkeypatch):
+    free = {"bytes": 60}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    gpu, owners = torch.device("cuda"), [Owner(), Owner()]
+    kept = KeptWeights(None)
+    assert kept.get(owners[:1], "form", [], object, gpu)[1]
+    free["bytes"] = 50
+    assert not kept.get(owners[1:], "form", [], object, gpu)[1]
+    assert KeptWeights(True).get(owners[1:], "form", [], object, gpu)[1]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not KeptWeights(True).get(owners[1:], "form", [], object, gpu)[1]
