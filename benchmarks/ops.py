@@ -30,6 +30,7 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "rms_norm": ops_cases.rms_norm,
     "rope": ops_cases.rope,
     "glu": ops_cases.glu,
+    "adapted_glu": ops_cases.adapted_glu,
     "dora": ops_cases.dora,
     "logprobs": ops_cases.logprobs,
     "nf4": ops_weights.nf4,

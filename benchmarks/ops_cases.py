@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastplug.ops.adapted_glu import reference
+
 BF16 = torch.bfloat16
 Calls = list[Callable[[], Any]]
 
@@ -231,6 +233,55 @@ def glu(s: Sizes) -> Iterator[Case]:
         yield Case("swiglu backward", "liger", 5 * inner,
                    [lambda g=g, u=u, o=o: liger.swiglu_backward(g, u, o)
                     for (g, u), o in zip(split, outs)])  # fmt: skip
+
+
+def adapted_glu(s: Sizes) -> Iterator[Case]:
+    """The gated unit with the adapters around it, in one pass and one by one; a base product's own share of the latter,
+    that it adds to what is there, is not in it."""
+    op, plain = functions("adapted_glu", s.device), functions("glu", s.device)
+    inner, n, rank = s.tokens * s.inner * 2, s.inner, s.rank
+    both, grads = s.random(s.tokens, 2 * n), s.random(s.tokens, 2 * n)
+    outs, xa = [s.random(s.tokens, n) for _ in range(2)], s.random(s.tokens, 2 * rank)
+    a, gb = 0.3 * s.random(rank, n), s.random(s.tokens, rank)
+    b = torch.zeros(2 * n, 2 * rank, device=s.device, dtype=BF16)
+    b[:n, :rank], b[n:, rank:] = 0.3 * s.random(n, rank), 0.3 * s.random(n, rank)
+    adapted = reference.Adapted(xa, b, (slice(0, rank), slice(rank, 2 * rank)), a)
+
+    def check() -> tuple[float, float]:
+        rows = slice(0, min(s.tokens, 256))
+        few = adapted._replace(xa=xa[rows])
+        wide = reference.Adapted(few.xa.double(), b.double(), few.columns, a.double())
+        out, grad = poisoned(torch.empty_like(outs[0][rows])), poisoned(torch.empty_like(both[rows]))
+        true, true_grad = torch.empty_like(out, dtype=torch.float64), torch.empty_like(grad, dtype=torch.float64)
+        through = op.forward(both[rows], few, "silu", out)
+        exact = reference.forward(both[rows].double(), wide, "silu", true)
+        thin = op.backward(outs[1][rows], gb[rows], both[rows], few, "silu", grad)
+        upstream = outs[1][rows].double(), gb[rows].double()
+        truth = reference.backward(*upstream, both[rows].double(), wide, "silu", true_grad)
+        own = [(part[:n, :rank].to(BF16), other[:n, :rank]) for part, other in [(thin.b, truth.b)]]
+        return judged((out, true), (grad, true_grad), (through.to(BF16), exact), (thin.gb.to(BF16), truth.gb),
+                      (thin.a.to(BF16), truth.a), *own)  # fmt: skip
+
+    def forward(out: torch.Tensor) -> None:
+        torch.mm(xa, b.t(), out=grads)
+        plain.forward(both[:, :n], both[:, n:], "silu", out)
+        torch.mm(out, a.t())
+
+    def backward(d: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(gb, a, out=out)
+        plain.backward(d, both[:, :n], both[:, n:], "silu", grads[:, :n], grads[:, n:], out)
+        torch.mm(grads, b)
+        torch.mm(grads[:, :n].t(), xa[:, :rank])
+        torch.mm(grads[:, n:].t(), xa[:, rank:])
+        torch.mm(gb.t(), out)
+
+    name = "adapted swiglu forward"
+    yield Case(name, "fastplug", 3 * inner, [lambda o=o: op.forward(both, adapted, "silu", o) for o in outs], check)
+    yield Case(name, "one by one", 3 * inner, [lambda o=o: forward(o) for o in outs])
+    name = "adapted swiglu backward"
+    yield Case(name, "fastplug", 5 * inner,
+               [lambda o=o: op.backward(o, gb, both, adapted, "silu", grads) for o in outs], check)  # fmt: skip
+    yield Case(name, "one by one", 5 * inner, [lambda d=d, o=o: backward(d, o) for d, o in (outs, outs[::-1])])
 
 
 def dora(s: Sizes) -> Iterator[Case]:

@@ -66,6 +66,9 @@ def formats(s: Sizes) -> Iterator[Case]:
     def codes(*shape: int) -> torch.Tensor:
         return torch.randint(0, 256, shape, device=s.device, dtype=torch.uint8)
 
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, shape, device=s.device, dtype=torch.int32)
+
     def scales(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
         return torch.rand(*shape, device=s.device).add_(0.5).to(dtype)
 
@@ -125,11 +128,23 @@ def formats(s: Sizes) -> Iterator[Case]:
                 {"zeros": zeros, "g_idx": (torch.randperm(K, device=s.device) // 128).int()},
                 N * K // 2 + N * K // 128 * 2,
             ),
-            "int4 decode (HQQ, group 64)": (
-                Int((N, K), 4, "split", 64),
-                lambda: (codes(N // 2, K), scales(N, K // 64)), {"zeros": scales(N, K // 64)},
-                N * K // 2 + N * K // 64 * 4,
-            ),
+            **{
+                f"int{bits} decode (GPTQ, group 128)": (
+                    Int((N, K), bits, "input", 128, packed_zeros=True, zero_plus_one=True),
+                    lambda bits=bits: (words(K * bits // 32, N), scales(K // 128, N).t()),
+                    {"zeros": words(K // 128, N * bits // 32).t()}, N * K * bits // 8 + N * K // 128 * 2,
+                )
+                for bits in (2, 3, 8)
+            },
+            **{
+                f"int{bits} decode (HQQ, group 64)": (
+                    Int((N, K), bits, "split", 64),
+                    lambda bits=bits: (words(-(-N * K // 10)) if bits == 3 else codes(N * bits // 8, K),
+                                       scales(N, K // 64)),
+                    {"zeros": scales(N, K // 64)}, N * K * bits // 8 + N * K // 64 * 4,
+                )
+                for bits in (4, 8, 3, 2, 1)
+            },
         })  # fmt: skip
     if importlib.util.find_spec("fastplug.ops.float_weights"):
         from fastplug.ops.float_weights.reference import Layout as Float
@@ -142,6 +157,16 @@ def formats(s: Sizes) -> Iterator[Case]:
             "fp8 decode (128x128 blocks)": (
                 Float((N, K), "e4m3", (128, 128)),
                 lambda: (small_floats(N, K), scales(-(-N // 128), -(-K // 128), dtype=torch.float32)), {}, N * K,
+            ),
+            "fp8 decode (one scale)": (
+                Float((N, K), "e4m3", (N, K)),
+                lambda: (small_floats(N, K), scales(1, 1, dtype=torch.float32)), {}, N * K,
+            ),
+            "mxfp8 decode": (
+                Float((N, K), "e4m3", (1, 32), "e8m0"),
+                lambda: (small_floats(N, K),
+                         torch.randint(120, 134, (N, K // 32), device=s.device, dtype=torch.uint8)),
+                {}, N * K + N * K // 32,
             ),
             "mxfp4 decode": (
                 Float((N, K), "e2m1", (1, 32), "e8m0"),
@@ -203,7 +228,8 @@ def quantize_4bit(s: Sizes) -> Iterator[Case]:
     bnb = other("bitsandbytes")
     if bnb:
         yield Case(f"nf4 quantize {N}x{K}", "bitsandbytes", N * K * 2 + N * K // 2 + N * K // 16,
-                   [lambda w=w: bnb.functional.quantize_4bit(w, quant_type="nf4") for w in ws])  # fmt: skip
+                   [lambda w=w: bnb.functional.quantize_4bit(w, quant_type="nf4") for w in ws],
+                   capture=False)  # fmt: skip
 
 
 def products(s: Sizes) -> Iterator[Case]:
