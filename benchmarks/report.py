@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.rows import Row
@@ -13,14 +14,38 @@ COLUMNS = {"ms": 9, "in a row": 9, "busy": 9, "GiB": 7, "x fastplug": 11, "loss"
 Result = dict[str, Any]
 
 
-def oracle(results: list[Result], row: str) -> Result | None:
-    """What a row's systems are compared with: the unpatched model, or the first system that ran."""
-    ran = [r for r in results if r["row"] == row and not r.get("error")]
-    for name in ("hf", "hf-prepared"):
-        for result in ran:
-            if result["system"] == name:
-                return result
-    return ran[0] if ran else None
+def oracle(results: list[Result], row: str, earlier: Sequence[Result] = ()) -> Result | None:
+    """What a row's systems are compared with: the unpatched model, or the first system that ran.
+
+    With and without gradient checkpointing a model computes the same, so that the unpatched one, which may not fit
+    without, need run but once. ``earlier``: what it gave in another run, with the same weights and tokens.
+    """
+    ran = [r for r in results if not r.get("error")]
+    rows = (row, str(Row.parse(row).otherwise_checkpointed))
+    for found in (ran, earlier):
+        for name in ("hf", "hf-prepared"):
+            for this in rows:
+                for result in found:
+                    if (result["system"], result["row"]) == (name, this):
+                        return result
+    return next((r for r in ran if r["row"] == row), None)
+
+
+def unpatched(records: Sequence[dict[str, Any]], shape: str, layers: int | None) -> list[Result]:
+    """The unpatched model's results in the records of earlier runs, for :func:`oracle`.
+
+    Raises:
+        ValueError: A record is of another shape or number of layers.
+    """
+    found: list[Result] = []
+    for record in records:
+        if (record["shape"], record["layers"]) != (shape, layers):
+            raise ValueError(
+                f"that run was of {record['shape']} with layers={record['layers']}, not of {shape}, {layers}"
+            )
+        mine = [r for r in record["results"] if r["system"] in ("hf", "hf-prepared") and not r.get("error")]
+        found += [{**r, "earlier": record["date"]} for r in mine]
+    return found
 
 
 def check(result: Result, reference: Result | None) -> str:
@@ -36,11 +61,18 @@ def check(result: Result, reference: Result | None) -> str:
     for key, tolerance in (("loss", LOSS), ("grad_norm", NORM)):
         # The other way round a NaN would pass.
         if not abs(result[key] - reference[key]) <= tolerance * abs(reference[key]):
-            return f"{key} {result[key]} against {reference[key]} of {reference['system']}"
+            return f"{key} {result[key]} against {reference[key]} of {called(reference)}"
     return ""
 
 
-def table(results: list[Result]) -> list[str]:
+def called(reference: Result | None) -> str:
+    """What the report calls what a row is checked against."""
+    if reference is None:
+        return "nothing"
+    return reference["system"] + (f" in a run of {reference['earlier']}" if "earlier" in reference else "")
+
+
+def table(results: list[Result], earlier: Sequence[Result] = ()) -> list[str]:
     """The lines of the report: times, memory, how many times slower than fastplug, and what the check compared."""
     head = (
         f"{'ms':>9s}{'in a row':>9s}{'busy':>9s}{'GiB':>7s}{'x fastplug':>11s}{'loss':>10s}{'|grad|':>10s}{'dead':>5s}"
@@ -48,10 +80,10 @@ def table(results: list[Result]) -> list[str]:
     lines = []
     for row in dict.fromkeys(r["row"] for r in results):
         mine = [r for r in results if r["row"] == row]
-        reference = oracle(results, row)
+        reference = oracle(results, row, earlier)
         against = reference["system"] if reference else "nothing"
         note = "" if against == "hf" else ", the unpatched model did not run"
-        lines += ["", f"{row}, checked against {against}{note}", f"  {'system':26s}{head}"]
+        lines += ["", f"{row}, checked against {called(reference)}{note}", f"  {'system':26s}{head}"]
         valid = [r for r in mine if r["system"].startswith("fastplug") and not check(r, reference)]
         ours = min(valid, key=lambda r: r["system"] != "fastplug", default=None)  # without options, if it ran
         lines += ["  " + _line(result, reference, ours, _plain(result, results)) for result in mine]
@@ -77,7 +109,7 @@ def _line(result: Result, reference: Result | None, ours: Result | None, plain: 
     notes = []
     if "wall_s" in result:
         notes.append(f"{result['wall_s']} s for {result['steps']} steps, the first {result['first_s']} s")
-    if reference is not None and result.get("weights") != reference.get("weights"):
+    if reference is not None and _differ(result.get("weights"), reference.get("weights")):
         notes.append(f"embeddings differ from {reference['system']}'s")
     if plain is not None and not trouble:
         notes.append(f"{result['ms'] / plain['ms']:.2f} x its time without DoRA")
@@ -87,6 +119,11 @@ def _line(result: Result, reference: Result | None, ours: Result | None, plain: 
         f"{_number(result.get('peak_gib'), 2):>7s}{ratio:>11s}{result['loss']:10.4f}{result['grad_norm']:10.4f}"
         f"{result['dead']:5d}  {'; '.join(notes)}"
     ).rstrip()
+
+
+def _differ(one: float | None, other: float | None) -> bool:
+    """A model that stays loaded is not looked at again."""
+    return one is not None and other is not None and one != other
 
 
 def _number(value: float | None, digits: int = 1) -> str:

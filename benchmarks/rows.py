@@ -63,6 +63,11 @@ class Row:
         """The row whose adapters are plain LoRA."""
         return replace(self, dora=False)
 
+    @property
+    def otherwise_checkpointed(self) -> Row:
+        """The row that computes the same with gradient checkpointing, or without where this one has it."""
+        return replace(self, checkpointed=not self.checkpointed)
+
     def __str__(self) -> str:
         flags = [flag for flag in FLAGS if getattr(self, flag)]
         return ":".join([self.quantization, f"{self.batch}x{self.sequence}", *flags])

@@ -7,7 +7,8 @@
 Every system has the same random weights, sees the same tokens and runs the same loop: forward, backward, fused AdamW on
 the LoRA weights. Each system is a process; all import at the same time, before anything is measured, and one alone runs
 at a time. Before a ratio is printed, loss, gradient norm and the number of LoRA tensors without a gradient are compared
-with those of transformers + PEFT, or of the first system where that one does not run.
+with those of transformers + PEFT: of this run, or with `--oracle` of an earlier one on the same weights and tokens,
+which its JSON holds. Where it ran in neither, the first system takes its place, and the table says so.
 
 A row is ``qlora`` or ``lora``, then BATCHxSEQUENCE, then any of ``dora``, ``checkpointed``, ``prepared`` (PEFT's k-bit
 preparation: an fp32 residual stream), ``autocast``, ``random``; ``table`` stands for the six rows of the documentation.
@@ -33,7 +34,8 @@ from typing import Any
 from benchmarks.hardware import called, hardware, versions
 from benchmarks.measure import Effort
 from benchmarks.pool import Pool, key
-from benchmarks.report import brief, check, oracle, table
+from benchmarks.report import brief, check, oracle, table, unpatched
+from benchmarks.report import called as called_oracle
 from benchmarks.rows import TABLE, Row
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import FROM_FOLDER, SYSTEMS, System
@@ -55,6 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=Effort.seconds, help="at most, of a row's timed steps")
     parser.add_argument("--no-profile", action="store_true", help="no busy time and no list of kernels")
     parser.add_argument("--timeout", type=float, default=400.0, help="seconds for one row of one system")
+    parser.add_argument("--oracle", type=Path, action="append", default=[], help="JSON of an earlier run, see above")
     parser.add_argument("--out", type=Path, help="JSON with hardware, versions, commit and all results")
     parser.add_argument("--chart", type=Path, help="PNG")
     parser.add_argument("--path", help="folder for the weights of systems that load them from one")
@@ -85,6 +88,7 @@ def _row(text: str, kind: str) -> Row:
 
 def main() -> None:
     a = arguments().parse_args()
+    a.earlier = unpatched([json.loads(path.read_text()) for path in a.oracle], a.shape, a.layers)
     started = time.time()
 
     def log(text: str) -> None:
@@ -116,7 +120,7 @@ def main() -> None:
                     system, row, effort, keep=next_loading == row.loading, again=key(system, row) in later
                 )
             results.append(result)
-            trouble = check(result, oracle(results, str(row)))
+            trouble = check(result, oracle(results, str(row), a.earlier))
             log(f"{system.name} {row}: {trouble or 'ok'}  {brief(result)}")
             if a.out:
                 save(a, results, time.time() - started)
@@ -124,7 +128,7 @@ def main() -> None:
         pool.close()
         if not a.path and writer is not None:
             shutil.rmtree(folder, ignore_errors=True)
-    print("\n".join(table(results)), flush=True)
+    print("\n".join(table(results, a.earlier)), flush=True)
     if a.chart:
         from benchmarks.chart import draw
 
@@ -141,8 +145,8 @@ def record(a: argparse.Namespace, results: list[dict[str, Any]], seconds: float)
         "hardware": hardware(),
         "versions": versions(),
         "results": [
-            {**r, "checked_against": (oracle(results, r["row"]) or {}).get("system"),
-             "trouble": check(r, oracle(results, r["row"]))}
+            {**r, "checked_against": called_oracle(oracle(results, r["row"], a.earlier)),
+             "trouble": check(r, oracle(results, r["row"], a.earlier))}
             for r in results
         ],
     }  # fmt: skip

@@ -135,6 +135,21 @@ def test_the_first_that_ran_is_the_oracle_where_the_unpatched_model_did_not() ->
     assert report.oracle([result("hf", error="x")], "qlora:2x8") is None
 
 
+def test_the_unpatched_model_of_the_checkpointed_row_or_of_an_earlier_run_will_do() -> None:
+    checkpointed = result("hf", row="qlora:2x8:checkpointed", loss=6.01)
+    results = [result("unsloth", loss=6.2), checkpointed]
+    assert report.oracle(results, "qlora:2x8") is checkpointed
+    record = {"shape": "tiny", "layers": None, "date": "2026-01-01", "results": [result("hf"), result("liger")]}
+    earlier = report.unpatched([record], "tiny", None)
+    assert [r["system"] for r in earlier] == ["hf"]
+    found = report.oracle(results[:1], "qlora:2x8:checkpointed", earlier)
+    assert found is earlier[0]
+    assert report.check(results[0], found) == "loss 6.2 against 6.0 of hf in a run of 2026-01-01"
+    assert "qlora:2x8, checked against hf in a run of 2026-01-01" in report.table(results[:1], earlier)
+    with pytest.raises(ValueError, match="that run was of tiny with layers=None, not of tiny, 2"):
+        report.unpatched([record], "tiny", 2)
+
+
 def test_fastplug_with_options_is_measured_against_fastplug_without() -> None:
     results = [result("hf", ms=30.0), result("fastplug-graphs-off", ms=20.0), result("fastplug", ms=10.0)]
     lines = report.table(results)
