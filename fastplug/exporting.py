@@ -28,6 +28,7 @@ def export(model: Any, path: str | os.PathLike[str], format: str = "merged_16bit
     Raises:
         OptionError: An unknown format or option, naming the nearest one.
         ExportError: The model cannot be written in this format. Nothing is left under ``path``.
+        ModelError: A quantized weight of a live model is damaged.
         OSError: ``path`` exists, cannot be written, or the disk is full. Nothing is left under ``path``.
     """
     exporter, implied = find_format(format)
@@ -36,7 +37,23 @@ def export(model: Any, path: str | os.PathLike[str], format: str = "merged_16bit
     for name in options:
         if accepted is not None and name not in accepted:
             raise OptionError(f"fastplug: {format} has no option {name!r}; {_nearest(name, accepted, 'its options')}")
+    _refuse_damaged(model)
     return exporter.export(model, path, **options)
+
+
+def _refuse_damaged(model: Any) -> None:
+    """Look at the quantized weights of a live model: a library may decode damaged ones without a word."""
+    if not hasattr(model, "named_modules"):
+        return
+    from fastplug.ops.table import table_for
+    from fastplug.options import Options
+    from fastplug.patching.sites import Runtime
+    from fastplug.quant.checking import check_weights
+
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is not None and device.type != "meta":
+        runtime = Runtime(Options(), table_for(device), manager().collect("fastplug_codecs"))
+        check_weights(model, runtime.codec)
 
 
 def find_format(format: str) -> tuple[Exporter, dict[str, str]]:

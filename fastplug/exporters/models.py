@@ -261,4 +261,7 @@ def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
         raise ExportError(
             f"{unfit}: {len(missing)} tensors missing, {len(extra)} without a place (first: {(missing + extra)[0]})"
         )
+    from fastplug.exporters.adapter_base import check_base  # which needs local_folder of this module
+
+    check_base(adapter, base)
     return wrapped

@@ -19,7 +19,7 @@ from fastplug.errors import ModelError
 from fastplug.layers.linear import QuantLinear
 from fastplug.layers.reading import Reader, Stored
 from fastplug.ops.quantize_4bit import codes
-from fastplug.quant.bnb4 import BitsAndBytes4
+from fastplug.quant.bnb4 import PARTS, BitsAndBytes4, odd, sizes
 from fastplug.quant.codec import EncodedWeight
 
 STATE = "quant_state.bitsandbytes__"
@@ -78,17 +78,13 @@ class StoredWeight4Bit:
     def _check(
         self, packed: torch.Tensor, found: list[torch.Tensor], shape: tuple[int, int], blocksize: int, nested: int
     ) -> None:
-        values = shape[0] * shape[1]
-        blocks = -(-values // blocksize) if blocksize in codes.BLOCKSIZES else 0
-        if not blocks:
-            raise self._wrong(f"its blocksize is {blocksize}")
-        sizes = {"weight": ((values + 1) // 2, packed.numel() * packed.element_size())}
-        sizes["absmax"] = (blocks, found[0].numel())
-        sizes["quant_map"] = (16, found[1].numel())
-        if len(found) > 2:
-            sizes["nested_quant_map"] = (256, found[2].numel())
-            sizes["nested_absmax"] = (-(-blocks // nested), found[3].numel())
-        for name, (expected, actual) in sizes.items():
+        if blocksize not in codes.BLOCKSIZES:
+            raise self._wrong(odd(blocksize))
+        if nested < 1:
+            raise self._wrong(f"its nested_blocksize is {nested}")
+        actual_sizes = (packed.numel() * packed.element_size(), *(tensor.numel() for tensor in found))
+        needed = sizes(shape, blocksize, nested if len(found) > 2 else None)
+        for name, actual, expected in zip(PARTS, actual_sizes, needed):
             if expected != actual:
                 raise self._wrong(f"{name} holds {actual} values, and {shape[0]}x{shape[1]} needs {expected}")
         for tensor in found:

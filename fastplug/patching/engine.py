@@ -62,7 +62,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
         are new since, and those that somebody else (Liger) has taken over since: they are let go.
 
     Raises:
-        ModelError: ``model`` is not a module, or its weights are on the meta device.
+        ModelError: ``model`` is not a module, its weights are on the meta device, or a quantized one is damaged.
         OptionError: An option is unknown or impossible.
         StrictError: With ``strict=True``, when nothing was patched or a site was refused; the model is unchanged.
     """
@@ -81,12 +81,13 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     for _, binding in before:  # FSDP moves a model to its device after it was patched
         if binding.runtime.ops is not ops:
             binding.runtime.ops, binding.runtime.graphs = ops, None
+    notes = check_weights(model, runtime.codec)  # before anything of the model runs: a guess by structure is tried
     decided = decide(model, runtime, plugins)
     new = [(site, choice) for site, choice in decided if KEY not in site.module.__dict__]
     result = before[0][1].report if before else _new_report(model, device, runtime)
     result.device, result.ops = str(device), dict(ops.names)
     result.decisions = [_decision(site, choice) for site, choice in decided]
-    result.notes = check_weights(model, runtime.codec) if decided else [_no_site_note(model)]
+    result.notes = notes if decided else [_no_site_note(model)]
     result.notes += [note for note in arithmetic if note is not None]
     if options.strict:
         _check_strict(result)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fastplug.errors import OptionError
-from fastplug.ops.lora.fp8_base import MULTIPLE, Fp8, fp8_reason
+from fastplug.ops.fp8.device import fp8_reason
+from fastplug.ops.lora.fp8_base import MULTIPLE, Fp8
 from fastplug.options import Options
 from fastplug.patching.sites import Runtime
 
@@ -25,7 +26,7 @@ def prepare(model: nn.Module, device: torch.device, runtime: Runtime) -> str | N
     options = runtime.options
     if options.compute == "exact":
         return None
-    reason = fp8_reason(device)
+    reason = fp8_reason(device, runtime.ops.fp8.product)
     if reason is not None:
         raise OptionError(f"fastplug: compute={options.compute!r} is not possible: {reason}; leave compute='exact'")
     keep = KEEP[options.fp8_weights]

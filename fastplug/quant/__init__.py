@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastplug.manager import hookimpl
-from fastplug.quant.codec import Codec, EncodedWeight
+from fastplug.quant.codec import Codec, Damaged, EncodedWeight
 
 
 @hookimpl
@@ -25,4 +25,4 @@ def fastplug_codecs() -> list[Codec]:
     ]  # fmt: skip
 
 
-__all__ = ["Codec", "EncodedWeight"]
+__all__ = ["Codec", "Damaged", "EncodedWeight"]

@@ -14,6 +14,7 @@ from torch import nn
 from fastplug.ops.int_weights import Layout
 from fastplug.quant.codec import EncodedWeight
 from fastplug.quant.packed import Packed, integers
+from fastplug.quant.versions import of_known_version
 from fastplug.sharding import SHARDED, distributed
 
 # Layers that keep their weight as the file has it; other kernels (Marlin, ExLlama, GEMV) rearrange it.
@@ -29,6 +30,7 @@ class AWQ(Packed):
         awq = "awq" in kind.__module__.rpartition(".")[2] or kind.__name__.startswith("WQLinear")
         return kind.__module__.startswith(LIBRARIES) and awq
 
+    @of_known_version()
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         layer: Any = linear
         if type(layer).__name__ not in CLASSES:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from fastplug.ops.int_weights import Layout
-from fastplug.quant.codec import EncodedWeight
+from fastplug.quant.codec import Damaged, EncodedWeight
+from fastplug.quant.incomplete import incomplete
 from fastplug.quant.packed import Packed, integers
+from fastplug.quant.versions import of_known_version
 from fastplug.sharding import SHARDED, distributed
 
 ONE_127TH = 7.874015718698502e-3  # as bitsandbytes writes 1 / 127
@@ -29,18 +31,20 @@ class BitsAndBytes8(Packed):
     def matches(self, linear: nn.Module) -> bool:
         return type(linear).__module__ == "bitsandbytes.nn.modules" and type(linear).__name__ == "Linear8bitLt"
 
+    @of_known_version("bitsandbytes")
     def read(self, linear: nn.Module) -> EncodedWeight | str:
-        weight: Any = linear.weight
+        layer: Any = linear
+        weight = layer.weight
         if distributed(weight):
             return f"its 8-bit weight {SHARDED}"
         if weight.dtype != torch.int8:
             return "its 8-bit weight is not quantized yet (move the model to its device first)"
         scales = getattr(weight, "SCB", None)
-        scales = getattr(linear.state, "SCB", None) if scales is None else scales  # after the first forward
+        scales = layer.state.SCB if scales is None else scales  # after the first forward
         if scales is None:
-            return "its 8-bit weight has no scales (SCB)"
-        shape = (linear.out_features, linear.in_features)
+            return Damaged("its 8-bit weight has no scales (SCB)")
+        shape = (layer.out_features, layer.in_features)
         if weight.shape != shape:
-            return f"its 8-bit weight {SHARDED}"
-        layout = Layout(shape, 8, group=shape[1], sign="twos", factor=ONE_127TH)  # type: ignore[arg-type]
+            return incomplete(linear, "its 8-bit weight", weight, shape)
+        layout = Layout(shape, 8, group=shape[1], sign="twos", factor=ONE_127TH)
         return integers(self, layout, weight.detach(), scales.detach()[:, None])

@@ -1,4 +1,4 @@
-"""The values of encoded weights, looked at once: what is wrong with them, before the first step is."""
+"""Encoded weights, looked at once: what is wrong with their shapes and values, before the first step is."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ import torch
 from torch import nn
 
 from fastplug.errors import ModelError
-from fastplug.quant.codec import Codec, EncodedWeight
+from fastplug.quant.codec import Codec, Damaged, EncodedWeight
+from fastplug.quant.incomplete import sharded
 
 
 def check_weights(model: nn.Module, codec_of: Callable[[nn.Module], Codec | None]) -> list[str]:
-    """What the codecs of a model have to note, after a look at the values of all weights that they can read.
+    """What the codecs of a model have to note, after a look at all weights and at the values of those they can read.
 
     Waits for the device once.
 
     Raises:
-        ModelError: A weight has scales that are not finite, or an index beyond its groups; the first module is named.
+        ModelError: The parts of a weight contradict each other, its scales are not finite, or an index is beyond its
+            groups; the first module is named.
     """
     notes: list[str] = []
     found: list[tuple[str, torch.Tensor, str]] = []
     for name, module in model.named_modules():
         codec: Any = codec_of(module)
-        note, problems = getattr(codec, "note", None), getattr(codec, "problems", None)
-        encoded = codec.read(module) if note or problems else None
+        encoded = None if codec is None else codec.read(module)
+        if isinstance(encoded, Damaged) and not sharded(module):
+            raise ModelError(
+                f"fastplug: the quantized weight of {name} is damaged: {encoded}; load or quantize the model again"
+            )
         if not isinstance(encoded, EncodedWeight):
             continue
+        note, problems = getattr(codec, "note", None), getattr(codec, "problems", None)
         if note and note not in notes:
             notes.append(note)
         if problems:

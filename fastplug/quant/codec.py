@@ -15,6 +15,14 @@ from torch import nn
 from fastplug.ops.table import OpTable
 
 
+class Damaged(str):
+    """Why a weight cannot be read, where no other layout could explain it: its parts contradict each other.
+
+    A reason like any other to those who read, but when a model is patched it is an error, for what is damaged is not
+    the library's to compute either.
+    """
+
+
 @dataclass(frozen=True)
 class EncodedWeight:
     """A weight of ``shape`` [out_features, in_features] as ``codec`` stores it.
@@ -63,7 +71,11 @@ class Codec(Protocol):
         """
 
     def read(self, linear: nn.Module) -> EncodedWeight | str:
-        """The weight as it is now, or the reason why it cannot be read. Cheap: called at every step."""
+        """The weight as it is now, or the reason why it cannot be read. Cheap: called at every step.
+
+        Another layout than this codec's, or a weight that is sharded, is a plain reason; :class:`Damaged` is for parts
+        that cannot belong to one weight, such as scales of the wrong number.
+        """
 
     def compute_dtype(self, linear: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
         """The dtype in which the owning library multiplies an input of ``dtype`` outside autocast.

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from fastplug.ops import float_weights, int_weights
-from fastplug.quant.codec import EncodedWeight
+from fastplug.quant.codec import Damaged, EncodedWeight
 from fastplug.quant.fp8 import VALUES, fp8
 from fastplug.quant.packed import Packed, integers, small_floats
+from fastplug.quant.versions import of_known_version
 from fastplug.sharding import SHARDED, distributed
 
 NAMES = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")
@@ -35,6 +36,7 @@ class CompressedTensors(Packed):
         weight = linear._parameters.get("weight")
         return weight is None or weight.dtype == torch.int8 or weight.dtype in VALUES
 
+    @of_known_version("compressed_tensors")
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         stored = {**linear._buffers, **linear._parameters}
         tensors = {name: tensor for name in NAMES if (tensor := stored.get(name)) is not None}
@@ -72,7 +74,7 @@ def compressed(
     K = shape[1]
     scales = tensors.get("weight_scale")
     if scales is None:
-        return "its compressed weight has no weight_scale"
+        return Damaged("its compressed weight has no weight_scale")
     if "weight_g_idx" in tensors:
         return "its columns are in groups of their own (weight_g_idx), which compressed-tensors has given up"
     packed = tensors.get("weight_packed")
@@ -85,7 +87,7 @@ def compressed(
     if weight is None:
         return "its compressed weight has neither weight nor weight_packed"
     if packed is None and weight.shape != shape:
-        return f"its weight has shape {tuple(weight.shape)}, expected {shape}"
+        return Damaged(f"its weight has shape {tuple(weight.shape)}, expected {shape}")
     if kind == "float" and bits == 8:
         block = argument("block_structure")
         if isinstance(block, str):
@@ -99,6 +101,8 @@ def compressed(
     zeros = None if argument("symmetric", True) else tensors.get("weight_zero_point")
     packed_zeros = zeros is not None and zeros.dtype == torch.int32
     if zeros is not None and not packed_zeros:
+        if zeros.numel() != scales.numel():
+            return Damaged(f"there are {zeros.numel()} zero points for {scales.numel()} scales")
         zeros = zeros.reshape(scales.shape)
     layout = int_weights.Layout(  # both code and packed zero point carry the same offset
         shape, bits, group=group, sign="unsigned" if packed_zeros else sign, packed_zeros=packed_zeros

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from fastplug.ops.float_weights import Layout
-from fastplug.quant.codec import EncodedWeight
+from fastplug.quant.codec import Damaged, EncodedWeight
+from fastplug.quant.incomplete import incomplete
 from fastplug.quant.packed import Packed, small_floats
+from fastplug.quant.versions import of_known_version
 from fastplug.sharding import SHARDED, distributed
 
 VALUES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -34,6 +36,7 @@ class FP8(Packed):
     def matches(self, linear: nn.Module) -> bool:
         return (type(linear).__module__, type(linear).__name__) in CLASSES
 
+    @of_known_version()
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         weight: Any = linear.weight
         if distributed(weight):
@@ -41,9 +44,11 @@ class FP8(Packed):
         scales: Any = getattr(linear, "weight_scale_inv", None)  # which multiplies, in spite of its name
         scales = getattr(linear, "weight_scale", None) if scales is None else scales
         if scales is None:
-            return "its FP8 weight has no scales"
-        if weight.shape != (linear.out_features, linear.in_features):
-            return f"its FP8 weight {SHARDED}"
+            reason = "its FP8 weight has no scales"  # nor has one that the library keeps in 16 bits
+            return Damaged(reason) if weight.dtype in VALUES else reason
+        shape: Any = (linear.out_features, linear.in_features)
+        if weight.shape != shape:
+            return incomplete(linear, "its FP8 weight", weight, shape)
         scales = scales.detach()
         if type(linear).__name__ == "CompressedTensorsFP8Linear":
             scales = scales.t()
@@ -72,7 +77,8 @@ def fp8(
         block, scales = (N, K), scales.reshape(1, 1)
     elif block is None:
         if scales.numel() != N or scales.shape[0] != N:
-            return f"scales of shape {tuple(scales.shape)} are neither one nor one for each of {N} rows"
+            reason = f"scales of shape {tuple(scales.shape)} are neither one nor one for each of {N} rows"
+            return reason if scales.numel() == N else Damaged(reason)
         block, scales = (1, K), scales.reshape(N, 1)
     kind = "e8m0" if scales.dtype in (torch.uint8, getattr(torch, "float8_e8m0fnu", None)) else "float"
     return small_floats(codec, Layout((N, K), value, (int(block[0]), int(block[1])), kind), weight, scales)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from fastplug.ops.int_weights import Layout
-from fastplug.quant.codec import EncodedWeight
+from fastplug.quant.codec import Damaged, EncodedWeight
 from fastplug.quant.packed import Packed, integers
+from fastplug.quant.versions import of_known_version
 from fastplug.sharding import SHARDED, distributed
 
 # Layers that keep their weight as the file has it; other kernels of GPTQModel (Marlin, ExLlama) rearrange it.
@@ -28,6 +29,7 @@ class GPTQ(Packed):
     def matches(self, linear: nn.Module) -> bool:
         return type(linear).__module__.startswith("gptqmodel.") and hasattr(linear, "g_idx")
 
+    @of_known_version()
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         layer: Any = linear
         if type(layer).__name__ not in CLASSES:
@@ -41,6 +43,8 @@ class GPTQ(Packed):
         qweight, qzeros, scales, g_idx = layer.qweight, layer.qzeros, layer.scales, layer.g_idx
         if any(distributed(tensor) for tensor in (qweight, qzeros, scales, g_idx)):
             return f"its GPTQ weight {SHARDED}"
+        if not g_idx.numel():
+            return "it does not say which columns are a group (g_idx)"
         shape = (scales.shape[1], g_idx.shape[0])
         order = g_idx if layer.desc_act else None
         first = layer.qzero_format() == 1
@@ -50,8 +54,8 @@ class GPTQ(Packed):
 
     def problems(self, weight: EncodedWeight, linear: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
         yield from super().problems(weight, linear)
-        g_idx: Any = linear.g_idx
-        if not linear.desc_act:
+        g_idx: Any = getattr(linear, "g_idx", None)
+        if g_idx is not None and not linear.desc_act:
             expected = torch.arange(len(g_idx), device=g_idx.device) // weight.layout[0].group
             yield (g_idx != expected).any(), "an order of its columns (g_idx), though it was made without (desc_act)"
 
@@ -83,6 +87,6 @@ def gptq(
     """
     group = shape[1] if group in (-1, 0) else group
     if g_idx is not None and shape[1] % group:
-        return f"groups of {group} do not divide {shape[1]} columns, which are in an order of their own"
+        return Damaged(f"groups of {group} do not divide {shape[1]} columns, which are in an order of their own")
     layout = Layout(shape, bits, "input", group, packed_zeros=True, zero_plus_one=first_version)
     return integers(codec, layout, qweight, scales.t(), qzeros.t(), g_idx)

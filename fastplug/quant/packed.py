@@ -17,7 +17,7 @@ from fastplug.ops import float_weights, int_weights
 from fastplug.ops.float_weights import reference as float_reference
 from fastplug.ops.int_weights import reference as int_reference
 from fastplug.ops.table import OpTable
-from fastplug.quant.codec import EncodedWeight
+from fastplug.quant.codec import Damaged, EncodedWeight
 
 
 class Packed:
@@ -66,10 +66,13 @@ def integers(
     zeros: torch.Tensor | None = None,
     g_idx: torch.Tensor | None = None,
 ) -> EncodedWeight | str:
-    """The weight of these tensors (see :func:`fastplug.ops.int_weights.reference.decode`), or why they are none."""
+    """The weight of these tensors (see :func:`fastplug.ops.int_weights.reference.decode`), or why they are none.
+
+    The reason is :class:`Damaged` where they contradict each other.
+    """
     reason = int_reference.mismatch(codes, scales, layout, zeros, g_idx)
     if reason is not None:
-        return reason
+        return reason if _other_integers(scales, layout, g_idx) else Damaged(reason)
     if g_idx is not None and zeros is None:
         return "columns in an order of their own need zero points"
     tensors = tuple(tensor for tensor in (codes, scales, zeros, g_idx) if tensor is not None)
@@ -83,11 +86,45 @@ def small_floats(
     scales: torch.Tensor,
     outer: torch.Tensor | None = None,
 ) -> EncodedWeight | str:
-    """The weight of these tensors (see :func:`fastplug.ops.float_weights.reference.decode`), or why they are none."""
+    """The weight of these tensors (see :func:`fastplug.ops.float_weights.reference.decode`), or why they are none.
+
+    The reason is :class:`Damaged` where they contradict each other.
+    """
     reason = float_reference.mismatch(codes, scales, layout, outer)
     if reason is not None:
-        return reason
+        return reason if _other_floats(codes, scales, layout) else Damaged(reason)
     return EncodedWeight(codec, (codes, scales) if outer is None else (codes, scales, outer), layout.shape, (layout,))
+
+
+def _other_integers(scales: torch.Tensor, layout: int_weights.Layout, g_idx: torch.Tensor | None) -> bool:
+    """Whether tensors that do not fit may be whole all the same, in a layout that is not read here.
+
+    It has codes or dtypes that are not decoded, or all of its scales in another arrangement. Tensors with fewer values
+    than the weight needs, or more, fit no layout.
+    """
+    (N, K), group = layout.shape, layout.group
+    if not 1 <= layout.bits <= 8 or layout.packing not in int_reference.PACKINGS:
+        return True
+    if scales.dtype not in float_reference.SCALES or (layout.packing == "output" and (layout.bits != 4 or N % 8)):
+        return True
+    if group < 1 or g_idx is not None:
+        return False
+    groups = -(-K // group)
+    fit = scales.dim() == 2 and scales.shape[1] == groups and not N % max(len(scales), 1)
+    return not fit and scales.numel() == N * groups
+
+
+def _other_floats(codes: torch.Tensor, scales: torch.Tensor, layout: float_weights.Layout) -> bool:
+    """See :func:`_other_integers`."""
+    (N, K), (high, wide) = layout.shape, layout.block
+    if codes.element_size() != 1 or (layout.value == "e2m1" and wide % 8):
+        return True
+    if scales.dtype not in float_reference.SCALES if layout.scale == "float" else scales.element_size() != 1:
+        return True
+    if high < 1 or wide < 1:
+        return False
+    blocks = (-(-N // high), -(-K // wide))
+    return scales.shape != blocks and scales.numel() == blocks[0] * blocks[1]
 
 
 def problems(weight: EncodedWeight) -> Iterator[tuple[torch.Tensor, str]]:

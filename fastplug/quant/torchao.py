@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fastplug.ops.int_weights import Layout
-from fastplug.quant.codec import EncodedWeight
+from fastplug.quant.codec import Damaged, EncodedWeight
 from fastplug.quant.fp8 import fp8
 from fastplug.quant.packed import Packed, integers
+from fastplug.quant.versions import of_known_version, version
 
 # Class -> the plain tensors that it has in the versions of torchao that this reads.
 KNOWN = {
@@ -28,6 +29,7 @@ class TorchAO(Packed):
         weight = linear._parameters.get("weight")
         return type(linear) is nn.Linear and weight is not None and type(weight).__module__.startswith("torchao.")
 
+    @of_known_version("torchao")
     def read(self, linear: nn.Module) -> EncodedWeight | str:
         weight: Any = linear.weight
         kind = type(weight).__name__
@@ -37,7 +39,7 @@ class TorchAO(Packed):
         held = {name: getattr(weight, name) for name in names}
         held = {name: tensor for name, tensor in held.items() if tensor is not None}
         if not {"qdata", "scale"} <= held.keys() <= KNOWN[kind]:
-            return f"torchao's {kind} holds {', '.join(held)} in this version, which is not known here"
+            return f"torchao's {kind} holds {', '.join(held)} in version {version('torchao')}, which is not known here"
         if attributes.get("act_quant_kwargs") is not None or attributes.get("activation_quantization") is not None:
             return "torchao quantizes its activations too"
         return torchao(self, kind, tuple(weight.shape), held, attributes.get("block_size"))
@@ -73,6 +75,9 @@ def torchao(
     rows = -(-N // int(block[0]))
     if block[0] != 1 and rows != 1:
         return f"blocks of {block[0]} rows share a scale"
+    if scales.numel() % rows or (zeros is not None and zeros.numel() != scales.numel()):
+        points = "" if zeros is None else f" and {zeros.numel()} zero points"
+        return Damaged(f"{scales.numel()} scales{points} do not fit {N} x {K} in blocks of {tuple(block)}")
     layout = Layout((N, K), 8, group=int(block[1]), sign="twos")
     scales = scales.reshape(rows, -1)
     return integers(codec, layout, codes, scales, None if zeros is None else zeros.reshape(rows, -1))

@@ -113,7 +113,11 @@ def test_weights_that_move_all_the_time_are_not_kept():
     kept, owner, made = KeptWeights(True), Owner(), []
 
     def get(address: int) -> tuple[object, bool]:
-        return kept.get([owner], "form", [(address, 0)], lambda: made.append(address) or object(), torch.device("cpu"))
+        def make() -> object:
+            made.append(address)
+            return object()
+
+        return kept.get([owner], "form", lambda: [(address, 0)], make, torch.device("cpu"))
 
     first, one = get(0)
     again, two = get(0)
@@ -129,13 +133,13 @@ def test_weights_that_move_all_the_time_are_not_kept():
 
 def test_whose_they_are():
     kept, device = KeptWeights(True), torch.device("cpu")
-    assert kept.get([None], "form", [], object, device)[1] is False
+    assert kept.get([None], "form", list, object, device)[1] is False
     owner = Owner()
-    mine, _ = kept.get([owner], "form", [], object, device)
-    assert kept.get([Owner()], "form", [], object, device)[0] is not mine
-    assert kept.get([owner], "other form", [], object, device)[0] is not mine
-    assert kept.get([owner], "form", [], object, device)[0] is mine
-    assert KeptWeights(False).get([owner], "form", [], object, device)[1] is False
+    mine, _ = kept.get([owner], "form", list, object, device)
+    assert kept.get([Owner()], "form", list, object, device)[0] is not mine
+    assert kept.get([owner], "other form", list, object, device)[0] is not mine
+    assert kept.get([owner], "form", list, object, device)[0] is mine
+    assert KeptWeights(False).get([owner], "form", list, object, device)[1] is False
 
 
 def test_room_on_a_gpu(monkeypatch):
@@ -146,9 +150,9 @@ def test_room_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     gpu, owners = torch.device("cuda"), [Owner(), Owner()]
     kept = KeptWeights(None)
-    assert kept.get(owners[:1], "form", [], object, gpu)[1]
+    assert kept.get(owners[:1], "form", list, object, gpu)[1]
     free["bytes"] = 50
-    assert not kept.get(owners[1:], "form", [], object, gpu)[1]
-    assert KeptWeights(True).get(owners[1:], "form", [], object, gpu)[1]
+    assert not kept.get(owners[1:], "form", list, object, gpu)[1]
+    assert KeptWeights(True).get(owners[1:], "form", list, object, gpu)[1]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not KeptWeights(True).get(owners[1:], "form", [], object, gpu)[1]
+    assert not KeptWeights(True).get(owners[1:], "form", list, object, gpu)[1]

@@ -576,9 +576,9 @@ def test_damaged_and_hostile_folders(tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_base_is_noted(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "first")
-    llama().save_pretrained(tmp_path / "second")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first", **{DTYPE: "auto"})
     adapted(base).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "first").rename(tmp_path / "second")  # what the adapter names is gone, so nothing can be compared
     result = merged_16bit(tmp_path / "second", tmp_path / "out", adapter=tmp_path / "adapter")
     assert any("was trained on" in note and "make sure they are the same" in note for note in result.notes)
 

@@ -259,10 +259,25 @@ def test_files_of_another_model(copied):
         load(copied, device="cpu")
 
 
+def state(**values):
+    """Changes values in the JSON text of a 4-bit weight's state."""
+
+    def change(text):
+        found = {**json.loads(bytes(text.tolist())), **values}
+        return torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
         ("absmax", lambda t: t[:-1], "absmax holds 63 values"),
+        ("quant_state.bitsandbytes__nf4", state(blocksize=128), "absmax holds 64 values, and 64x64 needs 32"),
+        ("quant_state.bitsandbytes__nf4", state(blocksize=48), "its blocksize is 48"),
+        ("quant_state.bitsandbytes__nf4", state(nested_blocksize=32), "nested_absmax holds 1 values.* needs 2"),
+        ("quant_state.bitsandbytes__nf4", state(nested_offset=float("nan")), "its nested_offset is nan"),
+        ("quant_state.bitsandbytes__nf4", state(shape=[64, 32]), "weight holds 2048 values, and 64x32 needs 1024"),
         ("nested_absmax", lambda t: t * float("nan"), "not finite"),
         ("quant_state.bitsandbytes__nf4", lambda t: t[:20], "not JSON"),
         ("quant_map", lambda t: t[:15].clone(), "quant_map holds 15"),

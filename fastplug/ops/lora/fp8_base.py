@@ -93,9 +93,9 @@ class Fp8:
         def make() -> Quantized:
             return _quantize(group, transposed)
 
-        owners, state = [p.owner for p in group.projections], group.stored_state()
+        owners = [p.owner for p in group.projections]
         name = "transposed e4m3" if transposed else "e4m3"
-        return self.kept.get(owners, name, state, make, group.device)[0]
+        return self.kept.get(owners, name, group.stored_state, make, group.device)[0]
 
 
 def _quantize(group: Group, transposed: bool) -> Quantized:
@@ -105,18 +105,3 @@ def _quantize(group: Group, transposed: bool) -> Quantized:
         return Quantized(*fp8.quantize_rows(weight))
     scale = fp8.column_scales(weight)
     return Quantized(fp8.quantize_columns(weight, scale), scale)
-
-
-def fp8_reason(device: torch.device) -> str | None:
-    """Why FP8 products cannot run on a device, or None if they can."""
-    if device.type == "cpu":
-        return None  # in fp32, for tests
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"FP8 products need an NVIDIA GPU, not {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        return (
-            f"FP8 products need compute capability 8.9 or newer (Ada, Hopper, Blackwell), "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-        )
-    return None

@@ -233,7 +233,7 @@ class Group:
         if self.weights is None:
             return make(), True
         owners, device = [p.owner for p in projections], encoded[0].tensors[0].device
-        matrix, kept = self.weights.get(owners, str(self.dtype), _state(encoded), make, device)
+        matrix, kept = self.weights.get(owners, str(self.dtype), partial(_state, encoded), make, device)
         return matrix, not kept
 
 

@@ -45,7 +45,7 @@ class KeptWeights:
         self,
         owners: Sequence[object],
         name: str,
-        state: State,
+        state: Callable[[], State],
         make: Callable[[], T],
         device: torch.device,
     ) -> tuple[T, bool]:
@@ -54,23 +54,23 @@ class KeptWeights:
         Args:
             owners: The modules of the weights, in their order; None among them where one is not known.
             name: Which form it is.
-            state: Where each stored weight lies and which version it is, see :meth:`Group.stored_state`.
+            state: Tells where each stored weight lies and which version it is, see :meth:`Group.stored_state`.
             make: Makes it anew.
             device: Where it lies.
         """
-        if self.keep is False or any(owner is None for owner in owners):
-            return make(), False
-        key = (name, *map(id, owners))
+        if self.keep is False or torch.compiler.is_compiling() or any(owner is None for owner in owners):
+            return make(), False  # a compiler knows no addresses
+        key, now = (name, *map(id, owners)), state()
         entry = self._entries.get(key)
         if entry is not None:
-            if entry.state == state and all(ref() is owner for ref, owner in zip(entry.owners, owners)):
+            if entry.state == now and all(ref() is owner for ref, owner in zip(entry.owners, owners)):
                 return entry.form, True
             del self._entries[key]
             self._renewals[key] += 1
         form = make()
         if self._renewals[key] >= RENEWALS or not self._room(device):
             return form, False
-        self._entries[key] = Entry([weakref.ref(owner) for owner in owners], state, form)
+        self._entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form)
         return form, True
 
     def _room(self, device: torch.device) -> bool:
