@@ -3,10 +3,15 @@
     python -m benchmarks.planning --out benchmarks/results/planning.json
     python -m benchmarks.planning --only llama
     python -m benchmarks.planning --device cpu --toy
+    python -m benchmarks.planning --recorded benchmarks/results/2026-11-21-h100-memory-budgets.json
 
 Each setting is foretold from the model's config alone, as the command does it, then trained for a few steps whose
-layers are told their policies. ``allocated`` is ``torch.cuda.max_memory_allocated``, ``reserved`` likewise; a budget is
-compared with reserved memory plus the CUDA context. A plan of mixed policies is one that the solver makes for a budget.
+layers are told their policies. ``allocated`` is ``torch.cuda.max_memory_allocated``, ``reserved`` likewise, ``total``
+reserved memory plus the CUDA context: what a budget is compared with. Nobody limits the allocator here. A plan of mixed
+policies is one that the solver makes for a budget.
+
+``--recorded`` trains nothing: it reads results of this benchmark, of ``benchmarks.memory`` (steps under budgets) or of
+``benchmarks.step``, and prints what was measured then beside what is foretold by the present code.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,23 +100,27 @@ def load(setting: Setting, device: torch.device, toy: bool) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=targets)).train()
 
 
+def shape_from(config: Any, quant: str | None, dtype: str = "bfloat16", rank: int = RANK) -> Any:
+    """The shapes of a model, from its config alone."""
+    from fastplug.planning import shape_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return shape_of(folder, rank=rank, quant=quant, dtype=dtype, attention=config._attn_implementation)
+
+
 def foretell(setting: Setting, config: Any, dtype: str) -> Any:
     """The plan, from the config alone."""
     from fastplug.memory.estimate import best_plan, uniform_plan
-    from fastplug.memory.forecast import RESERVED
+    from fastplug.memory.forecast import CONTEXT, RESERVED
     from fastplug.memory.gpus import GPUS, find
     from fastplug.memory.policy import Policy
-    from fastplug.planning import shape_of
 
-    rank = RANK if setting.train == "lora" else 0
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        quant = setting.quant
-        shape = shape_of(folder, rank=rank, quant=quant, dtype=dtype, attention=config._attn_implementation)
+    shape = shape_from(config, setting.quant, dtype, RANK if setting.train == "lora" else 0)
     gpu = GPUS[0]
     if torch.cuda.is_available():
         gpu = find(torch.cuda.get_device_name()) or gpu
-    given: dict[str, Any] = {"gpu": gpu, "accumulating": False, "slack": RESERVED}
+    given: dict[str, Any] = {"gpu": gpu, "accumulating": False, "slack": RESERVED, "context": CONTEXT}
     try:
         budget = int(float(setting.policy) * 2**30)
     except ValueError:
@@ -174,12 +183,10 @@ def measure(model: Any, setting: Setting, plan: Any, device: torch.device, warmu
             times.append((time.perf_counter() - started) * 1e3)
         found: dict[str, Any] = {"ms": round(statistics.median(times), 2)}
         if cuda:
-            free, total = torch.cuda.mem_get_info()
-            found |= {
-                "allocated": torch.cuda.max_memory_allocated(),
-                "reserved": torch.cuda.max_memory_reserved(),
-                "context": total - free - torch.cuda.memory_reserved(),
-            }
+            free, everything = torch.cuda.mem_get_info()
+            reserved, context = torch.cuda.max_memory_reserved(), everything - free - torch.cuda.memory_reserved()
+            found |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": reserved, "context": context}
+            found["total"] = reserved + context
         fallbacks = applied.report.fallbacks
         if fallbacks:
             found["fallbacks"] = fallbacks
@@ -196,14 +203,14 @@ def one(model: Any, setting: Setting, device: torch.device, a: argparse.Namespac
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     plan = foretell(setting, base.config, "float32" if device.type == "cpu" else "bfloat16")
     result: dict[str, Any] = {**asdict(setting), "plan": plan.as_dict(), "policies": _counts(plan)}
-    result["predicted"] = {"allocated": plan.allocated, "reserved": plan.reserved, "ms": round(plan.ms, 2)}
+    result["predicted"] = {"allocated": plan.allocated, "total": plan.total, "ms": round(plan.ms, 2)}
     try:
         result["measured"] = measure(model, setting, plan, device, a.warmup, a.steps)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         result["error"] = str(error).splitlines()[0][:300]
         return result
     measured = result["measured"]
-    for name in ("allocated", "reserved", "ms"):
+    for name in ("allocated", "total", "ms"):
         if measured.get(name):
             result[f"{name}_error"] = round(100 * (result["predicted"][name] / measured[name] - 1), 2)
     return result
@@ -219,13 +226,99 @@ def show(result: dict[str, Any], setting: Setting) -> None:
         print(f"{setting!s:66} {result['error']}", flush=True)
         return
     line = f"{setting!s:66}"
-    for name, unit in (("allocated", 2**30), ("reserved", 2**30), ("ms", 1)):
+    for name, unit in (("allocated", 2**30), ("total", 2**30), ("ms", 1)):
         measured, predicted = result["measured"].get(name), result["predicted"][name]
         if measured is not None:
             error = result.get(f"{name}_error", 0.0)
             line += f" {name} {predicted / unit:8.2f} {measured / unit:8.2f} {error:+6.1f}%"
     fallbacks = result["measured"].get("fallbacks")
     print(line + (f" fallbacks: {fallbacks}" if fallbacks else ""), flush=True)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run of a result file: its step, the policies that its layers had, and its peaks in bytes.
+
+    ``then`` is the allocated peak that was foretold when it was measured, where that was recorded.
+    """
+
+    what: str
+    config: Any
+    quant: str | None
+    batch: int
+    length: int
+    policies: Sequence[str]
+    tile_rows: int | None
+    allocated: int
+    total: int | None
+    then: int | None = None
+
+
+def recorded(path: Path) -> Iterator[Recorded]:
+    """The runs of a result file of this benchmark, of ``benchmarks.memory`` or of ``benchmarks.step``; of the latter
+    fastplug's own with LoRA, whose layers all keep all or, checkpointed, their input."""
+    from benchmarks.rows import Row
+    from benchmarks.shapes import config
+
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for run in found["results"]:
+        if "plan" in run and "measured" in run:
+            shape = build(SHAPES[run["shape"]], run["layers"], torch.device("meta"), torch.bfloat16).config
+            got = run["measured"]
+            what = f"{run['shape']}, {run['layers']} layers, {run['quant'] or 'bf16'}, {run['batch']} x {run['length']}"
+            plan, total = run["plan"], got["reserved"] + got["context"]
+            step = run["quant"], run["batch"], run["length"], plan["policies"], plan["tile_rows"]
+            yield Recorded(what, shape, *step, got["allocated"], total, run["predicted"]["allocated"])
+            continue
+        if run.get("system", "fastplug") != "fastplug" or "error" in run or "row" not in run:
+            continue
+        row = Row.parse(run["row"])
+        if row.dora or row.prepared or row.autocast or row.random:
+            continue
+        model = config(found["shape"], found["layers"])
+        policies = run.get("order") or ["residual" if row.checkpointed else "keep"] * model.num_hidden_layers
+        peaks = run.get("whole_run", run)
+        allocated = peaks["allocated_gib"] if "allocated_gib" in peaks else peaks["peak_gib"]
+        total = peaks["reserved_gib"] + peaks["context_gib"] if "context_gib" in peaks else None
+        what = f"{found['shape']}, {model.num_hidden_layers} layers, {row} {run.get('budget', '')}".strip()
+        yield Recorded(
+            what,
+            model,
+            "nf4" if row.quantization == "qlora" else None,
+            row.batch,
+            row.sequence,
+            policies,
+            run.get("tile_rows"),
+            int(allocated * 2**30),
+            None if total is None else int(total * 2**30),
+        )
+
+
+def today(run: Recorded) -> Any:
+    """The plan of a recorded run, as it is foretold now."""
+    from fastplug.memory.estimate import estimate
+    from fastplug.memory.forecast import CONTEXT, RESERVED
+    from fastplug.memory.moments import assemble
+    from fastplug.memory.policy import Policy
+
+    found = estimate(shape_from(run.config, run.quant), run.batch, run.length, tile_rows=run.tile_rows)
+    more: dict[str, Any] = {"accumulating": False, "context": CONTEXT, "slack": RESERVED}
+    policies = [Policy(policy) for policy in run.policies]
+    return assemble(found.layers, policies, found.fixed, 0, head_peak=found.head_peak, **more)
+
+
+def compare(paths: Sequence[Path]) -> None:
+    """A Markdown table of recorded runs: GiB measured then and foretold now."""
+    print("| run | layers | allocated | foretold | error | then | reserved + context | foretold | error |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    for run in (run for path in paths for run in recorded(path)):
+        plan = today(run)
+        cells = [run.what, _counts(plan) + (f", tiles of {run.tile_rows:,}" if run.tile_rows else "")]
+        for measured, foretold in ((run.allocated, plan.allocated), (run.total, plan.total)):
+            error = "" if measured is None else f"{100 * (foretold / measured - 1):+.1f}%"
+            cells += ["" if measured is None else f"{measured / 2**30:.2f}", f"{foretold / 2**30:.2f}", error]
+        cells.insert(5, "" if run.then is None else f"{run.then / 2**30:.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -236,12 +329,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--toy", action="store_true", help="tiny widths, to try the benchmark itself")
     parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--recorded", type=Path, nargs="+", metavar="FILE", help="results to compare, see above")
     a = parser.parse_args()
+    if a.recorded:
+        compare(a.recorded)
+        return
     cuda = a.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     settings = [setting for setting in (TOY if a.toy else SETTINGS) if a.only in str(setting)]
     results: list[dict[str, Any]] = []
-    print("setting, then predicted, measured, error of allocated GiB, reserved GiB, ms of a step")
+    print("setting, then predicted, measured, error of allocated GiB, total GiB, ms of a step")
     for _, group in itertools.groupby(settings, key=lambda setting: setting.model):
         wanted = list(group)
         torch.manual_seed(0)
@@ -255,10 +352,11 @@ def main() -> None:
             torch.cuda.empty_cache()
         if a.out:
             a.out.write_text(json.dumps({"hardware": hardware(), "versions": versions(), "results": results}, indent=1))
-    errors = [abs(result["allocated_error"]) for result in results if "allocated_error" in result]
-    if errors:
-        within = sum(error <= 5 for error in errors)
-        print(f"{within} of {len(errors)} within 5% of the measured allocation, the worst {max(errors):.1f}%")
+    for name in ("allocated", "total"):
+        errors = [abs(result[f"{name}_error"]) for result in results if f"{name}_error" in result]
+        if errors:
+            within = sum(error <= 5 for error in errors)
+            print(f"{name}: {within} of {len(errors)} within 5% of what was measured, the worst {max(errors):.1f}%")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ STORED = {"gptq": "int4", "awq": "int4", "hqq": "int4", "fp8": "fp8", "finegrain
 def plan(
     model: str | Path | nn.Module,
     *,
-    gpu: str | int = "80GiB",
+    gpu: str | int = "H100",
     sequence: int = 2048,
     batch: int = 1,
     rank: int = 16,
@@ -51,8 +52,9 @@ def plan(
     Args:
         model: A folder, a model id, or a model (its weights may be on the meta device). No weight is loaded; of an id
             that is not in the local cache the config is fetched.
-        gpu: An amount of memory such as ``"24GiB"`` (or bytes), the name of a GPU, or both: ``"RTX 4090: 20GiB"``. It
-            counts reserved memory plus the CUDA context.
+        gpu: The name of a GPU for all that CUDA reports of it, an amount of memory such as ``"24GiB"`` (or bytes), or
+            both: ``"RTX 4090: 20GiB"``. It counts reserved memory plus the CUDA context. An amount alone is taken as it
+            is, and times are guessed, as of the GPU whose memory is nearest.
         sequence: Tokens of a sequence.
         batch: Sequences of a micro-batch.
         rank: Of LoRA adapters on all linear layers; 0 trains all weights. A model that is given, and an ``adapter``,
@@ -70,12 +72,13 @@ def plan(
         prepared: Whether PEFT's ``prepare_model_for_kbit_training`` makes embedding, norms and head float32. (A model
             that is given says it itself.)
         headroom: What to leave of the memory to others: an amount, or a fraction of the GPU's memory.
-        host_memory: Pinned host memory that offloading may take: an amount. None: as much as it takes.
+        host_memory: Pinned host memory that offloading may take: an amount. None: as much as it takes. A run takes four
+            fifths of what is free, less 1 GiB.
         attention: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None as the config says.
 
     Raises:
         OptionError: A value is impossible, or nothing fits (:class:`~fastplug.memory.solve.DoesNotFit`): the message
-            has the numbers.
+            has the numbers, and says whether the GPU's memory or the host's is too little.
         ModelError: The model cannot be read, or has no decoder layers.
         MissingExtra: transformers or PEFT is missing.
     """
@@ -86,12 +89,14 @@ def plan(
             raise OptionError(f"fastplug: {name} must be at least 1, not {value}")
     if rank < 0:
         raise OptionError(f"fastplug: rank must be 0 (train all weights) or more, not {rank}")
-    kind, budget = parse(f"{gpu}B" if isinstance(gpu, int) else gpu)
+    wanted = parse(f"{gpu}B" if isinstance(gpu, int) else gpu)
+    budget, budget_from = wanted.budget, wanted.says()
     if headroom is not None:
         left = amount(headroom, "headroom", "write an amount such as '2GiB', or a fraction such as 0.1").of(budget)
         if left >= budget:
             raise OptionError(f"fastplug: a headroom of {gib(left)} leaves nothing of gpu={gpu!r}, {gib(budget)}")
         budget -= left
+        budget_from = f"{gib(budget)}: {budget_from}, less {gib(left)} of headroom"
     chosen = tuple(_policy(value) for value in policies) or tuple(Policy)
     shape = shape_of(
         model,
@@ -109,7 +114,9 @@ def plan(
         batch,
         sequence,
         budget,
-        gpu=kind,
+        gpu=wanted.gpu,
+        guessed=not wanted.named,
+        budget_from=budget_from,
         optimizer=optimizer,
         accumulating=accumulation > 1,
         policies=chosen,
@@ -142,7 +149,7 @@ def shape_of(
     sites = decoder_layers(made, Options.of(given))
     if prepared and not isinstance(model, nn.Module):
         _prepare(made)
-    return ModelShape.of_model(
+    shape = ModelShape.of_model(
         made,
         sites,
         quant=quant,
@@ -152,6 +159,23 @@ def shape_of(
         attention=attention,
         name=name,
     )
+    positions, rope = _positions(made)
+    return replace(shape, positions=positions, rope=rope)
+
+
+def _positions(model: Any) -> tuple[int, str]:
+    """(the longest sequence that the model's config was made for, how the rotary embedding is scaled to reach it)."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    several = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # kinds of layers may have their own
+    said = ""
+    for kind in several:
+        name = kind.get("rope_type", kind.get("type", "default"))
+        if name != "default":
+            original = kind.get("original_max_position_embeddings")
+            said = str(name) + (f", from {original:,}" if original else f", factor {kind.get('factor', '?')}")
+    return int(getattr(config, "max_position_embeddings", None) or 0), said
 
 
 def outline(model: str, *, adapter: str | Path | None, dtype: str, quantized: bool = False) -> tuple[Any, str | None]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fastplug.cli.flags import command
+from fastplug.memory.policy import Policy
 from fastplug.options import Options
 
 app = typer.Typer(
@@ -21,7 +22,10 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model id of the H
 Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of a LoRA adapter to put on it.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the first GPU, else the CPU.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto for what the model is stored in.")]
-Quant = Annotated[str | None, typer.Option(help="nf4 or fp4: bitsandbytes' 4 bit for the linear layers, as in QLoRA.")]
+Quant = Annotated[
+    str | None, typer.Option(help="4-bit linear layers: nf4 or fp4 of bitsandbytes, as in QLoRA, or hqq of fastplug.")
+]
+POLICIES = ", ".join(policy.value for policy in Policy)
 Rank = Annotated[int | None, typer.Option(min=0, help="The rank of a new LoRA adapter on all linear layers; 0: none.")]
 
 
@@ -132,8 +136,8 @@ def export(
 def plan(
     model: Model,
     gpu: Annotated[
-        str, typer.Option(metavar="SIZE|NAME", help="Its memory (24GiB), its name (H100), or both: 'RTX 4090: 20GiB'.")
-    ] = "80GiB",
+        str, typer.Option(metavar="NAME|SIZE", help="Its name (H100), its memory (24GiB), or both: 'RTX 4090: 20GiB'.")
+    ] = "H100",
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a micro-batch.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Of LoRA on all linear layers; 0 trains all weights.")] = 16,
@@ -151,7 +155,8 @@ def plan(
     ] = "adamw",
     accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches of an optimizer step.")] = 1,
     policy: Annotated[
-        list[str] | None, typer.Option(metavar="POLICY", help="What layers may keep. Repeatable. Default: everything.")
+        list[str] | None,
+        typer.Option(metavar="POLICY", help=f"What layers may keep: {POLICIES}. Repeatable. Default: any of them."),
     ] = None,
     residual_dtype: Annotated[
         str | None, typer.Option(help="Of the residual stream; default: as the model is.")
@@ -162,7 +167,8 @@ def plan(
     ] = False,
     headroom: Annotated[str | None, typer.Option(help="What to leave to others: 2GiB, or 0.1 of the memory.")] = None,
     host_memory: Annotated[
-        str | None, typer.Option(help="What offloading may take of the host's memory: 64GiB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="What offloading may take of the host's memory: 64GiB. Default: any amount."),
     ] = None,
     attention: Annotated[
         str | None, typer.Option(help="sdpa, flash_attention_2, eager. Default: the config's.")

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from fastplug.planning import plan
 
+WIDTH = 128  # of the table with all its columns: for files and pipes, whose width nobody knows
+
 
 def run(model: str, picture: Path | None, json: bool, given: dict[str, Any]) -> None:
     """Print the forecast, as tables or as JSON, and draw it where asked to."""
@@ -20,6 +22,8 @@ def run(model: str, picture: Path | None, json: bool, given: dict[str, Any]) -> 
         typer.echo(found.to_json())
         return
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, WIDTH))
     console.print(found)
     if picture is not None:
         typer.echo(f"picture: {picture}")

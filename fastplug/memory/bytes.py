@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastplug.graphs.replay import FLOPS
+from fastplug.memory import offload
 from fastplug.memory.policy import Policy
-from fastplug.memory.saved import STAGED, Rank, Widths, tensors
+from fastplug.memory.saved import BESIDE, PIECE, STAGED, Rank, Widths, tensors
 from fastplug.memory.shapes import LayerShape, Linears, ModelShape
 
 
@@ -202,8 +203,13 @@ def _rank(linears: Linears, step: Step) -> Rank:
 # --- moments ----------------------------------------------------------------------------------------------------------
 
 
-SMALL = ("adapter", "1/rms")
-"""Beginnings of the names of tensors that are too small to be offloaded."""
+ADAPTERS = {
+    "adapters of q, k, v": "qkv",
+    "adapter of the output": "out",
+    "adapters of gate, up": "gate_up",
+    "adapter of down": "down",
+}
+"""What the adapters of a group keep -> the linear layers of that group."""
 OF_THE_MLP = frozenset(
     (
         "gate, up",
@@ -221,8 +227,8 @@ OF_THE_MLP = frozenset(
 
 @dataclass(frozen=True)
 class Peaks:
-    """One layer under one policy: bytes it keeps on the device and on the host, the highest of its forward and of its
-    backward (see :class:`~fastplug.memory.costs.PolicyCost`), and staging buffers."""
+    """One layer under one policy: bytes it keeps on the device and, in whole pieces, on the host, the highest of its
+    forward and of its backward (see :class:`~fastplug.memory.costs.PolicyCost`), and staging buffers."""
 
     saved: int
     host: int
@@ -255,9 +261,42 @@ def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
         more = layer.gradient_bytes + (0 if policy.checkpoints else 3 * row)
         return Peaks(held + more, 0, forward + more, backward + more, 4 * row if policy.checkpoints else 0)
     if policy.offloads:
-        small = sum(size for name, size in kept(layer, step, policy).items() if name.startswith(SMALL))
-        return Peaks(small, held - small, forward, backward, (STAGED - 1) * held)
+        stays, pinned = _offloaded(layer, step, policy)
+        return Peaks(stays, pinned, forward, backward, (STAGED - 1) * held)
     return Peaks(held, 0, forward, backward, 0)
+
+
+def _offloaded(layer: LayerShape, step: Step, policy: Policy) -> tuple[int, int]:
+    """(bytes that stay on the device, bytes of pinned memory) of a layer that offloads what it keeps.
+
+    Tensors that are too small stay (``offload.py``). Each of the others takes whole pieces of the host's memory.
+    """
+    stays = pinned = 0
+    for name, size in kept(layer, step, policy).items():
+        for part in _tensors_of(name, size, layer, step):
+            if name == BESIDE or part < offload.SMALLEST:
+                stays += part
+            else:
+                pinned += -(-part // PIECE) * PIECE
+    return stays, pinned
+
+
+def _tensors_of(name: str, size: int, layer: LayerShape, step: Step) -> list[int]:
+    """The sizes of the tensors that an entry of :func:`kept` sums, each rounded up to pieces of its own."""
+    T, c = step.tokens, step.compute
+    linears: Linears = getattr(layer, ADAPTERS.get(name, ""), ())
+    total = _rank(linears, step).total * c
+    parts = [size]
+    if total:  # x Aᵀ, and A and B where they are copies
+        parts = [total * T, total * linears[0].in_features, total * sum(x.out_features for x in linears)]
+        parts = parts if sum(parts) <= size else parts[:1]
+    elif name in ("q, k before their norm", "q, k turned"):
+        parts = [T * layer.queries * c, T * layer.keys * c]
+    elif name == "q, k, v" and not layer.head_norm:  # attention saves k first, which offload.py takes by itself
+        q, k = T * layer.queries * c, T * layer.keys * c
+        return [k, size] if size <= offload.LARGEST_WHOLE * q else [k, q, k]
+    rest = size - sum(parts)
+    return [*parts, rest] if rest >= 0 else [size]
 
 
 def _attention_forward(layer: LayerShape, step: Step) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastplug.memory.around import fixed_bytes
+from fastplug.graphs.replay import FLOPS
+from fastplug.memory.around import fixed_bytes, optimizer_bytes
+from fastplug.memory.budget import gib
 from fastplug.memory.bytes import Step
 from fastplug.memory.estimate import best_plan, least, uniform_plan
 from fastplug.memory.gpus import GPU
-from fastplug.memory.meter import CONTEXT
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
+from fastplug.memory.saved import PIECE
 from fastplug.memory.shapes import ModelShape
 from fastplug.memory.solve import DoesNotFit
 
@@ -22,22 +24,34 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 RESERVED = 0.05
-"""Reserved beyond allocated bytes where nothing was measured yet: 3 to 7% on an H100, at 1,024 and 8,192 tokens."""
+"""Reserved beyond allocated bytes where nothing was measured yet: 5 to 6% in most steps under budgets on an H100, 0 to
+11% in all. Where nobody limits the allocator it is more, half of the allocated and above in short steps."""
+CONTEXT = 840 * 2**20
+"""Bytes of the CUDA context once a step's kernels are loaded: 0.73 to 0.83 GiB on H100s. A run measures its own."""
 LENGTHS = 64  # sequence lengths are multiples of this
 LONGEST = 2**24
 MOST = 2**16  # sequences in a batch
+LARGEST_HOST = 2**44  # bytes
 
 
 @dataclass(frozen=True)
 class Forecast:
     """The answer of ``fastplug plan``.
 
+    A plan's ``allocated`` is what tensors take at the peak, its ``total`` reserved memory and the CUDA context: what a
+    budget means.
+
     Attributes:
         plan: The fastest plan within the budget.
         uniform: What it needs if every layer has the same policy, whether or not that fits.
-        longest_context: The longest sequence, a multiple of 64, that fits at the plan's batch; 0 if none does.
+        longest_context: The longest sequence, a multiple of 64, that fits at the plan's batch; 0 if none does. It may
+            be more than the model has ``positions``.
         largest_batch: The largest batch that fits at the plan's length.
         longest_host, largest_host: Bytes of host memory that these two need.
+        host_budget: Bytes of host memory that they may take; None: any.
+        positions: The longest sequence that the model's config was made for; 0 where it does not say.
+        assumed: What the numbers rest on, in words, by name: ``budget``, ``reserve``, ``times``, ``host`` and, where
+            the model says it, ``positions``.
         notes: What the reader should know beside the numbers.
     """
 
@@ -47,6 +61,9 @@ class Forecast:
     largest_batch: int
     longest_host: int = 0
     largest_host: int = 0
+    host_budget: int | None = None
+    positions: int = 0
+    assumed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,6 +75,8 @@ class Forecast:
                     "parts": dict(plan.parts),
                     "total": plan.total,
                     "allocated": plan.allocated,
+                    "moment": plan.moment,
+                    "logits": plan.logits,
                     "ms": plan.ms,
                     "fits": plan.fits,
                     "host_bytes": plan.host_bytes,
@@ -68,6 +87,9 @@ class Forecast:
             "largest_batch": self.largest_batch,
             "longest_host": self.longest_host,
             "largest_host": self.largest_host,
+            "host_budget": self.host_budget,
+            "positions": self.positions,
+            "assumed": dict(self.assumed),
             "notes": list(self.notes),
         }
 
@@ -104,24 +126,33 @@ def forecast(
     host_budget: int | None = None,
     context: int = CONTEXT,
     slack: float = RESERVED,
+    guessed: bool = False,
+    budget_from: str = "",
     notes: tuple[str, ...] = (),
 ) -> Forecast:
     """Plan a step of ``batch`` x ``length`` tokens within ``budget`` bytes; see :mod:`fastplug.memory.estimate`.
 
+    ``guessed`` says that nobody named ``gpu``, ``budget_from`` where the budget comes from.
+
     Raises:
-        DoesNotFit: Nothing fits; the message says what does, where something does.
+        DoesNotFit: Nothing fits; the message says what does, where something does, and which memory is too little.
     """
     given: dict[str, Any] = {"optimizer": optimizer, "accumulating": accumulating, "context": context, "slack": slack}
 
+    def need(batch: int, length: int, host: int | None) -> int:
+        return least(shape, batch, length, policies=policies, host_budget=host, **given)
+
     def fits(batch: int, length: int) -> bool:
-        return least(shape, batch, length, policies=policies, host_budget=host_budget, **given) <= budget
+        return need(batch, length, host_budget) <= budget
 
     longest = LENGTHS * _largest(lambda count: fits(batch, LENGTHS * count), LONGEST // LENGTHS)
     largest = _largest(lambda count: fits(count, length), MOST)
     try:
         plan = best_plan(shape, batch, length, budget, gpu=gpu, policies=policies, host_budget=host_budget, **given)
     except DoesNotFit as error:
-        raise DoesNotFit(f"{error}{_instead(batch, length, longest, largest)}", error.least) from None
+        host = None if host_budget is None else _host_needed(lambda host: need(batch, length, host) <= budget)
+        why = str(error) if host is None else _too_little_host(batch, length, budget, host_budget or 0, host, error)
+        raise DoesNotFit(f"{why}{_instead(batch, length, longest, largest)}", error.least) from None
     uniform = {
         policy: uniform_plan(shape, batch, length, budget, policy, gpu=gpu, **given)
         for policy in Policy
@@ -131,8 +162,59 @@ def forecast(
         best_plan(shape, *size, budget, gpu=gpu, policies=policies, host_budget=host_budget, **given)
         for size in ((batch, longest or length), (largest or batch, length))
     ]
-    every = notes + _notes(shape, batch, length, optimizer)
-    return Forecast(plan, uniform, longest, largest, furthest[0].host_bytes, furthest[1].host_bytes, every)
+    return Forecast(
+        plan,
+        uniform,
+        longest,
+        largest,
+        longest_host=furthest[0].host_bytes,
+        largest_host=furthest[1].host_bytes,
+        host_budget=host_budget,
+        positions=shape.positions,
+        assumed={
+            "budget": f"{budget_from or gib(budget)}; {gib(budget - context)} without the CUDA context",
+            "reserve": f"what PyTorch's allocator has beside, {slack:.0%} of that, and {gib(context)} of CUDA context",
+            "times": _times(gpu, guessed, _short(shape, batch * length)),
+            "host": _host(host_budget),
+            **({"positions": _positions(shape)} if shape.positions else {}),
+        },
+        notes=notes + _notes(shape, batch, length, longest, optimizer),
+    )
+
+
+def _times(gpu: GPU, guessed: bool, short: bool) -> str:
+    found = f"guessed, as of one {gpu.name}, whose memory is nearest" if guessed else f"as of one {gpu.name}"
+    found += "; the GPU is taken to never wait for Python"
+    return found + (", as it does in so short a step unless CUDA graphs are recorded" if short else "")
+
+
+def _short(shape: ModelShape, tokens: int) -> bool:
+    """Whether layers are done before Python has launched them: see ``graphs/replay.py``."""
+    weights = max(sum(linear.weights * layer.active for linear in layer.linears) for layer in shape.layers)
+    return 4 * tokens * weights <= FLOPS
+
+
+def _host(host_budget: int | None) -> str:
+    return "as much as it takes; --host-memory limits it" if host_budget is None else f"{gib(host_budget)} at most"
+
+
+def _positions(shape: ModelShape) -> str:
+    return f"{shape.positions:,}" + (f" (rope scaling: {shape.rope})" if shape.rope else "")
+
+
+def _host_needed(fits: Callable[[int], bool]) -> int | None:
+    """The least host memory, in whole pieces, with which a step fits the GPU; None if none is enough."""
+    if not fits(LARGEST_HOST):
+        return None
+    return PIECE * (1 + _largest(lambda count: not fits(PIECE * count), LARGEST_HOST // PIECE))
+
+
+def _too_little_host(batch: int, length: int, budget: int, has: int, wants: int, error: DoesNotFit) -> str:
+    return (
+        f"fastplug: {gib(has)} of host memory is too little: for {batch} x {length} tokens to fit {gib(budget)} of the "
+        f"GPU, layers have to keep {gib(wants)} in the host's memory; with {gib(has)} the GPU needs "
+        f"{gib(error.least)}; give more host memory, a larger budget, a shorter sequence or a smaller batch"
+    )
 
 
 def _has(layer: Any, policy: Policy) -> bool:
@@ -149,8 +231,13 @@ def _instead(batch: int, length: int, longest: int, largest: int) -> str:
     return f"; what fits is {' or '.join(ways)}"
 
 
-def _notes(shape: ModelShape, batch: int, length: int, optimizer: str) -> tuple[str, ...]:
+def _notes(shape: ModelShape, batch: int, length: int, longest: int, optimizer: str) -> tuple[str, ...]:
     found = list(shape.notes)
+    if 0 < shape.positions < max(length, longest):
+        found.append(
+            f"more than {shape.positions:,} tokens may fit the memory, but not the model, whose config has no more "
+            "positions (max_position_embeddings)"
+        )
     unfused = sum(not layer.fused for layer in shape.layers)
     if unfused:
         found.append(
@@ -166,7 +253,8 @@ def _notes(shape: ModelShape, batch: int, length: int, optimizer: str) -> tuple[
             f"{masks} layers attend within a window under a mask of {length} x {length}; flash_attention_2 needs none"
         )
     if optimizer.startswith("paged"):
-        found.append("the paged optimizer's states are counted as host memory")
+        states = gib(optimizer_bytes(shape.trained, optimizer.removeprefix("paged_")))
+        found.append(f"the paged optimizer's states, {states}, are taken to be in host memory, beside what layers have")
     if not fixed_bytes(shape, "adamw").get("optimizer"):
         found.append("nothing is trained: no adapter and no weight has a gradient")
     return tuple(found)
@@ -184,4 +272,4 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-__all__ = ["RESERVED", "Forecast", "forecast"]
+__all__ = ["CONTEXT", "RESERVED", "Forecast", "forecast"]

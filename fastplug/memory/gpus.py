@@ -1,4 +1,10 @@
-"""What GPUs can do, for times that are estimated before anything ran.
+"""What GPUs have and can do, for plans that are made before anything ran.
+
+A card's memory is what CUDA reports of it: less than it is sold with, and not quite the same under every driver. The
+table has the lowest total that errors of PyTorch name ("GPU 0 has a total capacity of 23.52 GiB"), rounded down. The
+H100 is this project's own (79.18 GiB); for the others public issues and logs of 2023 to 2026 name, some of them without
+the card: H200 139.72 to 139.81, A100 79.14 to 79.25 and 39.38 to 39.56, L40S 44.34 to 44.42, L4 and A10 21.95 to 22.09,
+RTX 5090 31.36 to 31.47, RTX 4090 23.52 to 23.68, RTX 3090 23.55 to 23.70, T4 14.56 to 14.75.
 
 Peaks are the manufacturers' (dense, 16-bit inputs, fp32 accumulation). How much of them is reached was measured on one
 H100 (Llama-3.1-8B shape, torch 2.11): matrix products 73% at 8,192 tokens, attention 51% forward and 37% backward with
@@ -11,11 +17,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastplug.errors import OptionError
-from fastplug.memory.budget import amount
+from fastplug.memory.budget import amount, gib
 
 GiB = 2**30
+SOLD = 1.12  # a card is sold with up to so many times the memory that CUDA reports of it
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class GPU:
 
     Attributes:
         name: As people write it.
-        memory: Bytes that CUDA reports as the device's total.
+        memory: Bytes that CUDA reports as the device's total: see above.
         tflops: Peak of dense 16-bit products with fp32 accumulation, in 10^12 operations a second.
         bandwidth: Peak of the memory, in 10^9 bytes a second.
         host: Copies from and to pinned host memory, in 10^9 bytes a second each way.
@@ -56,16 +64,16 @@ class GPU:
 
 GPUS = (
     GPU("H100", int(79.1 * GiB), 989, 3350, 50, attention=0.51, attention_backward=0.37),
-    GPU("H200", int(139.8 * GiB), 989, 4800, 50, attention=0.51, attention_backward=0.37),
+    GPU("H200", int(139.7 * GiB), 989, 4800, 50, attention=0.51, attention_backward=0.37),
     GPU("A100 80GB", int(79.1 * GiB), 312, 2039, 24, attention=0.6, attention_backward=0.5),
-    GPU("A100 40GB", int(39.4 * GiB), 312, 1555, 24, attention=0.6, attention_backward=0.5),
-    GPU("L40S", int(44.4 * GiB), 362, 864, 24, gemm=0.6),
-    GPU("L4", int(22.0 * GiB), 121, 300, 12, gemm=0.5),
-    GPU("A10", int(22.0 * GiB), 125, 600, 24, gemm=0.6),
-    GPU("RTX 5090", int(31.4 * GiB), 209, 1792, 50, gemm=0.9, attention=0.7, attention_backward=0.6),
-    GPU("RTX 4090", int(23.6 * GiB), 165, 1008, 24, gemm=0.9, attention=0.7, attention_backward=0.6),
-    GPU("RTX 3090", int(23.6 * GiB), 71, 936, 24, gemm=0.9, attention=0.7, attention_backward=0.6),
-    GPU("T4", int(14.6 * GiB), 65, 320, 12, gemm=0.4, attention=0.2, attention_backward=0.2),
+    GPU("A100 40GB", int(39.3 * GiB), 312, 1555, 24, attention=0.6, attention_backward=0.5),
+    GPU("L40S", int(44.3 * GiB), 362, 864, 24, gemm=0.6),
+    GPU("L4", int(21.9 * GiB), 121, 300, 12, gemm=0.5),
+    GPU("A10", int(21.9 * GiB), 125, 600, 24, gemm=0.6),
+    GPU("RTX 5090", int(31.3 * GiB), 209, 1792, 50, gemm=0.9, attention=0.7, attention_backward=0.6),
+    GPU("RTX 4090", int(23.5 * GiB), 165, 1008, 24, gemm=0.9, attention=0.7, attention_backward=0.6),
+    GPU("RTX 3090", int(23.5 * GiB), 71, 936, 24, gemm=0.9, attention=0.7, attention_backward=0.6),
+    GPU("T4", int(14.5 * GiB), 65, 320, 12, gemm=0.4, attention=0.2, attention_backward=0.2),
 )
 
 
@@ -92,10 +100,36 @@ def of_memory(size: int) -> GPU:
     return min(GPUS, key=lambda gpu: abs(gpu.memory - size))
 
 
-def parse(text: str) -> tuple[GPU, int]:
-    """(GPU, budget in bytes) of ``"H100"``, ``"24GiB"`` or ``"RTX 4090: 20GiB"``.
+class Wanted(NamedTuple):
+    """What ``--gpu`` asks for.
 
-    An amount alone stands for the GPU whose memory is nearest to it.
+    Attributes:
+        gpu: The GPU.
+        budget: Bytes of it that a process may take, the CUDA context among them.
+        named: Whether the GPU was named; else it is the one whose memory is nearest to the amount.
+    """
+
+    gpu: GPU
+    budget: int
+    named: bool
+
+    def says(self) -> str:
+        """Where the budget comes from, for the reader."""
+        name, all_of_it = self.gpu.name, gib(self.gpu.memory)
+        if self.named and self.budget == self.gpu.memory:
+            return f"{all_of_it}, all that CUDA reports of one {name}"
+        if self.named:
+            return f"{gib(self.budget)}, where CUDA reports {all_of_it} of one {name}"
+        found = f"{gib(self.budget)}, taken to be free"
+        if self.gpu.memory < self.budget < SOLD * self.gpu.memory:
+            found += f"; CUDA reports {all_of_it} of one {name} (--gpu '{name}')"
+        return found
+
+
+def parse(text: str) -> Wanted:
+    """The GPU and budget of ``"H100"``, ``"24GiB"`` or ``"RTX 4090: 20GiB"``.
+
+    An amount alone is taken as it is, and stands for the GPU whose memory is nearest to it.
 
     Raises:
         OptionError: Neither a GPU nor an amount.
@@ -103,15 +137,14 @@ def parse(text: str) -> tuple[GPU, int]:
     name, _, size = (part.strip() for part in text.partition(":"))
     gpu = find(name)
     if gpu is not None:
-        budget = amount(size, "gpu").of(gpu.memory) if size else gpu.memory
-        return gpu, budget
+        return Wanted(gpu, amount(size, "gpu").of(gpu.memory) if size else gpu.memory, named=True)
     known = ", ".join(gpu.name for gpu in GPUS)
     if size or not re.match(r"\d", name):
         raise OptionError(f"fastplug: gpu={text!r} is not known; an amount such as '24GiB', or one of {known}")
     found = amount(name, "gpu", f"write an amount such as '24GiB', or one of {known}")
     if found.bytes is None:
         raise OptionError(f"fastplug: gpu={text!r} has no unit; say {name}GiB if you mean that, or one of {known}")
-    return of_memory(found.bytes), found.bytes
+    return Wanted(of_memory(found.bytes), found.bytes, named=False)
 
 
-__all__ = ["GPU", "GPUS", "find", "of_memory", "parse"]
+__all__ = ["GPU", "GPUS", "Wanted", "find", "of_memory", "parse"]

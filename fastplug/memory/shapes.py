@@ -161,6 +161,8 @@ class ModelShape:
         compute_itemsize: Bytes of an element in the products.
         attention: The implementation that the model's config names.
         name: For the reader.
+        positions: The longest sequence that the config was made for; 0 where it does not say.
+        rope: How the rotary embedding is scaled to reach it, or empty.
     """
 
     layers: tuple[LayerShape, ...]
@@ -177,6 +179,8 @@ class ModelShape:
     attention: str = "sdpa"
     name: str = ""
     notes: tuple[str, ...] = field(default=(), compare=False)
+    positions: int = field(default=0, compare=False)
+    rope: str = field(default="", compare=False)
 
     @property
     def weight_bytes(self) -> int:

@@ -3,7 +3,9 @@
 Matrix products count two operations for each weight and token, forward and once more for the gradient of their input,
 and a third time where the weight is trained. Causal attention counts half of the square. Everything else is limited by
 memory: the passes over activations that the kernels make (norms, activation, RoPE, the adapters' thin products) and
-the decoding of quantized weights.
+the decoding of quantized weights. Launches take no time: the GPU is taken to never wait for Python. In short steps it
+does, unless their layers are recorded as CUDA graphs: Llama-3.1-8B with 2 x 512 tokens took an H100 78 ms recorded and
+249 ms else, where 71 ms are foretold.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fastplug.errors import OptionError
 from fastplug.memory.around import fixed_bytes, optimizer_bytes, step_bytes
 from fastplug.memory.bytes import Step, kept
 from fastplug.memory.estimate import best_plan, estimate, layer_costs, least, uniform_plan
-from fastplug.memory.forecast import RESERVED, forecast
+from fastplug.memory.forecast import CONTEXT, RESERVED, forecast
 from fastplug.memory.formats import BITS, encoded_bytes
 from fastplug.memory.gpus import GPUS, find, of_memory, parse
 from fastplug.memory.model_reading import decoder_layers
@@ -374,7 +374,7 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 def test_the_forecast_says_how_far_the_memory_reaches(llama: ModelShape) -> None:
     found = forecast(llama, 2, 4096, 24 * GiB, gpu=find("RTX 4090") or GPUS[0])
     longest, largest = found.longest_context, found.largest_batch
-    given: dict[str, Any] = {"accumulating": False, "slack": RESERVED}
+    given: dict[str, Any] = {"accumulating": False, "slack": RESERVED, "context": CONTEXT}
     assert least(llama, 2, longest, **given) <= 24 * GiB < least(llama, 2, longest + 64, **given)
     assert least(llama, largest, 4096, **given) <= 24 * GiB < least(llama, largest + 1, 4096, **given)
     assert list(found.uniform) == list(Policy)
@@ -416,13 +416,32 @@ def test_gpus_are_known_by_name(name: str, expected: str) -> None:
 
 
 def test_a_gpu_may_be_given_as_an_amount() -> None:
-    assert parse("24GiB") == (find("RTX 4090"), 24 * GiB)
-    assert parse("H100: 40GiB") == (find("H100"), 40 * GiB)
-    assert parse("RTX 4090")[1] < 24 * GiB  # what CUDA reports is a little less than the name says
+    assert parse("24GiB") == (find("RTX 4090"), 24 * GiB, False)
+    assert parse("H100: 40GiB") == (find("H100"), 40 * GiB, True)
     assert of_memory(80 * GiB).name == "H100"
     for wrong in ("24", "0.9", "GTX 12345", "24 parsecs", "Voodoo: 4GiB", ""):
         with pytest.raises(OptionError):
             parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "sold", "reported"),
+    [
+        ("H100", 80, 79.18), ("H200", 141, 139.72), ("A100 80GB", 80, 79.14), ("A100 40GB", 40, 39.38),
+        ("L40S", 48, 44.39), ("L4", 24, 21.95), ("A10", 24, 21.95), ("RTX 5090", 32, 31.36), ("RTX 4090", 24, 23.52),
+        ("RTX 3090", 24, 23.55), ("T4", 16, 14.56),
+    ],
+)  # fmt: skip
+def test_a_named_card_has_what_cuda_reports_of_it(name: str, sold: int, reported: float) -> None:
+    budget = parse(name).budget / GiB
+    assert reported - 0.1 < budget <= reported < sold
+    assert f"{budget:.2f} GiB, all that CUDA reports of one {name}" == parse(name).says()
+
+
+def test_it_is_said_where_a_budget_comes_from() -> None:
+    assert parse("RTX 4090: 20GiB").says() == "20.00 GiB, where CUDA reports 23.50 GiB of one RTX 4090"
+    assert parse("80GiB").says() == "80.00 GiB, taken to be free; CUDA reports 79.10 GiB of one H100 (--gpu 'H100')"
+    assert parse("14GiB").says() == "14.00 GiB, taken to be free"
 
 
 # --- the benchmark ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import fastplug
 from fastplug.cli import app
+from fastplug.memory.policy import Policy
 from tests import models
 
 GiB = 2**30
@@ -53,10 +55,9 @@ def error_of(*arguments: object) -> str:
 def test_it_prints_every_policy_and_the_plan(folder: Path) -> None:
     done = run(folder, "--gpu", "24GiB", "--seq", 4096, "--batch", 2, "--rank", 16, "--quant", "nf4")
     assert done.exit_code == 0, done.output
-    for word in ("weights", "optimizer", "activations", "logits", "workspace", "keep_attention", "offload", "the plan"):
+    words = ("weights", "optimizer", "activations", "logits", "workspace", "allocated", "reserve", "total", "the plan")
+    for word in (*words, *(policy.value for policy in Policy), "longest context", "largest batch"):
         assert word in done.output
-    assert "longest context" in done.output
-    assert "largest batch" in done.output
     assert not list(folder.glob("*.safetensors"))
 
 
@@ -111,6 +112,84 @@ def test_headroom_and_host_memory_are_limits(folder: Path) -> None:
     assert less["host_bytes"] > 0
     limited = forecast(folder, *given, "--headroom", "2GiB", "--host-memory", "512MiB")["plan"]
     assert limited["host_bytes"] <= 512 * 2**20
+
+
+def test_both_numbers_are_there_and_said_to_be_what_they_are(folder: Path) -> None:
+    """What tensors take, and what a budget means: reserved memory and the CUDA context."""
+    given = ("--gpu", "24GiB", "--seq", 4096, "--quant", "nf4")
+    plan = forecast(folder, *given)["plan"]
+    outside = plan["parts"]["slack"] + plan["parts"]["context"]
+    assert plan["total"] == plan["allocated"] + outside
+    assert plan["parts"]["slack"] == pytest.approx(0.05 * plan["allocated"], abs=1)
+    assert plan["parts"]["context"] == 840 * 2**20
+    text = run(folder, *given).output
+    assert "torch.cuda.max_memory_allocated" in text
+    assert "5% of that, and 0.82 GiB of CUDA context" in text
+    assert "reserved memory and the CUDA context" in text
+    (row,) = [line for line in text.splitlines() if line.strip().startswith("the plan  ") and "," in line][:1]
+    assert f"{plan['allocated'] / GiB:.2f}" in row
+    assert f"{plan['total'] / GiB:.2f}" in row
+
+
+def test_a_named_gpu_has_no_more_than_it_has(folder: Path) -> None:
+    given = ("--seq", 65536, "--quant", "nf4", "--policy", "keep", "--policy", "residual")
+    for name, most in ((None, 79.1), ("H100", 79.1), ("RTX 4090", 23.5)):
+        found = forecast(folder, *given, *(() if name is None else ("--gpu", name)))
+        assert found["plan"]["total"] <= found["plan"]["budget"] == int(most * GiB)
+        assert "all that CUDA reports" in found["assumed"]["budget"]
+        assert "guessed" not in found["assumed"]["times"]
+    found = forecast(folder, *given, "--gpu", "80GiB")
+    assert found["plan"]["budget"] == 80 * GiB
+    assert "CUDA reports 79.10 GiB of one H100" in found["assumed"]["budget"]
+    assert "79.18 GiB without the CUDA context" in found["assumed"]["budget"]
+    assert found["assumed"]["times"].startswith("guessed, as of one H100")
+    found = forecast(folder, "--policy", "keep", "--gpu", "T4", "--headroom", "1GiB")
+    assert found["assumed"]["budget"].startswith(
+        "13.50 GiB: 14.50 GiB, all that CUDA reports of one T4, less 1.00 GiB of"
+    )
+
+
+def test_times_are_said_to_be_without_python(folder: Path) -> None:
+    short, long = (
+        forecast(folder, "--gpu", "L4", "--policy", "residual", "--seq", length)["assumed"]["times"]
+        for length in (512, 32768)
+    )
+    assert long == "as of one L4; the GPU is taken to never wait for Python"
+    assert short.startswith(long + ",")
+    assert "CUDA graphs" in short
+
+
+def test_host_memory_is_assumed_or_limited(folder: Path) -> None:
+    given = ("--gpu", "6GiB", "--seq", 8192, "--batch", 2, "--quant", "nf4")
+    assert "as much as it takes; --host-memory limits it" in run(folder, *given).output
+    text = run(folder, *given, "--host-memory", "2GiB").output
+    assert "2.00 GiB at most" in text
+    (row,) = [line for line in text.splitlines() if line.strip().startswith("offload_keep ")]
+    assert "!" in row  # more host memory than there is
+
+
+def test_the_models_own_limit_is_said(folder: Path, tmp_path: Path) -> None:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values.pop("rope_parameters", None)
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    values |= {"max_position_embeddings": 2048, "rope_theta": 1e4}
+    values["rope_scaling"] = {**rope, "original_max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    given = ("--gpu", "L4", "--policy", "residual")
+    text = run(tmp_path, *given).output
+    assert "the model's config is for 2,048 (rope scaling: llama3, from 256)" in text
+    assert "more than 2,048 tokens may fit the memory, but not the model" in text
+    found = forecast(tmp_path, *given)
+    assert found["positions"] == 2048 < found["longest_context"]
+    found = forecast(folder, "--gpu", "5GiB", "--quant", "nf4", "--policy", "keep")
+    assert found["assumed"]["positions"] == "131,072"
+    assert not found["notes"]
+
+
+def test_help_lists_the_policies() -> None:
+    text = run("--help").output
+    for policy in Policy:
+        assert policy.value in text
 
 
 def test_a_picture_is_drawn(folder: Path, tmp_path: Path) -> None:
@@ -194,6 +273,22 @@ def test_what_would_fit_is_said(folder: Path) -> None:
     text = error_of(folder, "--gpu", "4GiB", "--seq", 131072, "--batch", 8, "--quant", "nf4")
     assert "the least that a step needs is" in text
     assert "what fits is 8 x " in text
+
+
+def test_too_little_host_memory_is_named(folder: Path) -> None:
+    given = (folder, "--gpu", "5GiB", "--seq", 32768, "--quant", "nf4")
+    assert forecast(*given)["plan"]["host_bytes"] > GiB
+    text = error_of(*given, "--host-memory", "256MiB")
+    assert "0.25 GiB of host memory is too little: for 1 x 32768 tokens to fit 5.00 GiB of the GPU" in text
+    assert "give more host memory" in text
+    found = re.search(r"keep ([\d.]+) (GiB|MiB) in the host's memory; with 0.25 GiB the GPU needs ([\d.]+) GiB", text)
+    assert found is not None
+    assert float(found[3]) > 5
+    wanted = round(float(found[1]) * (1024 if found[2] == "GiB" else 1) / 16) * 16  # in pieces
+    assert forecast(*given, "--host-memory", f"{wanted}MiB")["plan"]["host_bytes"] <= wanted * 2**20
+    assert "host memory is too little" in error_of(*given, "--host-memory", f"{wanted - 16}MiB")
+    # where no host memory would do, the GPU's is what lacks
+    assert "a budget of 2.00 GiB is too small" in error_of(folder, "--gpu", "2GiB", "--host-memory", "1GiB")
 
 
 @pytest.mark.parametrize(
