@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def model_to_train(
         model: Model id or folder.
         adapter: The folder of an adapter.
         rank: The rank of a new adapter where none is given; None: 16; 0: no adapter, all weights train.
-        quant: ``nf4``, ``fp4`` or None.
+        quant: ``nf4`` or ``fp4`` of bitsandbytes, ``hqq`` of fastplug's own layers, or None.
         dtype: Of the weights; ``auto``: as stored.
         device: None: the first GPU, else the CPU.
 
@@ -74,24 +74,29 @@ def model_to_train(
         OptionError: An impossible combination of these.
         MissingExtra: transformers, PEFT or bitsandbytes is missing.
     """
-    transformers, where = host(), model_device(device)
+    where = model_device(device)
     with one_sentence(f"{model} cannot be loaded"):
-        extra: dict[str, Any] = {}
-        if quant is not None:
-            require_bitsandbytes()
-            compute = torch.float32 if where.type == "cpu" else DTYPES.get(dtype, torch.bfloat16)
-            extra["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=checked_quant(quant),
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=compute,
-            )
-            extra["device_map"] = {"": where}
-            dtype = str(compute).removeprefix("torch.") if dtype == "auto" else dtype
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=checked_dtype(dtype), **extra)
-        if quant is None:
-            loaded.to(where)
+        loaded = _loaded(model, quant, dtype, where)
         return with_adapter(loaded, adapter, DEFAULT_RANK if rank is None else rank, train=True)
+
+
+def _loaded(model: str, quant: str | None, dtype: str, device: torch.device) -> Any:
+    transformers = host()
+    if quant is None:
+        return transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=checked_dtype(dtype)).to(device)
+    compute = torch.float32 if device.type == "cpu" else DTYPES.get(dtype, torch.bfloat16)
+    weights = compute if dtype == "auto" else checked_dtype(dtype)
+    if checked_quant(quant) == "hqq":
+        from fastplug.layers import load
+
+        return load(local_folder(model), quant, device=device, dtype=weights)
+    require_bitsandbytes()
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quant, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        model, torch_dtype=weights, quantization_config=config, device_map={"": device}
+    )
 
 
 def outline(
@@ -188,8 +193,8 @@ def checked_dtype(dtype: str) -> Any:
 
 
 def checked_quant(quant: str) -> str:
-    if quant not in ("nf4", "fp4"):
-        raise OptionError(f"fastplug: quant cannot be {quant!r}; one of nf4, fp4")
+    if quant not in ("nf4", "fp4", "hqq"):
+        raise OptionError(f"fastplug: quant cannot be {quant!r}; one of nf4, fp4, hqq")
     return quant
 
 
@@ -212,19 +217,31 @@ def _stored_quant(model: str, stored: Any) -> str:
 
 
 def _quantize_outline(model: Any, kind: str) -> None:
-    """4-bit linear layers everywhere but the head, as transformers places them; without weights."""
-    bitsandbytes = require_bitsandbytes()
+    """Quantized linear layers everywhere but the head, as loading places them; without weights."""
+    make = _hqq_outline if kind == "hqq" else _outline_of_bitsandbytes(kind)
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head:
-                linear = bitsandbytes.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    child.bias is not None,
-                    compute_dtype=child.weight.dtype,
-                    quant_type=kind,
-                    device="meta",
-                )
-                setattr(parent, name, linear.requires_grad_(False))
-    model.is_loaded_in_4bit = True  # by which PEFT picks its layer
+                setattr(parent, name, make(child).requires_grad_(False))
+    if kind != "hqq":
+        model.is_loaded_in_4bit = True  # by which PEFT picks its layer
+
+
+def _outline_of_bitsandbytes(kind: str) -> Callable[[nn.Linear], nn.Module]:
+    bitsandbytes = require_bitsandbytes()
+
+    def make(linear: nn.Linear) -> nn.Module:
+        shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        return bitsandbytes.nn.Linear4bit(  # type: ignore[no-any-return]
+            *shape, bias, compute_dtype=linear.weight.dtype, quant_type=kind, device="meta"
+        )
+
+    return make
+
+
+def _hqq_outline(linear: nn.Linear) -> nn.Module:
+    from fastplug.layers.half_quadratic import HalfQuadratic
+    from fastplug.layers.linear import QuantLinear
+
+    return QuantLinear(HalfQuadratic()(linear.weight), linear.bias, linear.weight.dtype)

@@ -12,6 +12,7 @@ from fastplug.errors import ModelError
 from fastplug.manager import manager
 from fastplug.ops.table import table_for
 from fastplug.quant.codec import Codec
+from fastplug.quant.plain import Plain
 
 
 def dense_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -28,10 +29,8 @@ def dense_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     codecs = manager(True).collect("fastplug_codecs")
     memo: dict[int, Any] = {}
     for name, part in module.named_modules():
-        if not isinstance(getattr(part, "weight", None), torch.Tensor) and not hasattr(part, "W_q"):
-            continue
         codec = next((codec for codec in reversed(codecs) if codec.matches(part)), None)
-        if codec is not None and type(part) is not nn.Linear:
+        if codec is not None and codec.name != Plain.name:
             memo[id(part)] = decoded(part, codec, name, dtype)
         elif codec is None and _packed(part):
             raise ModelError(f"fastplug.layers: {name} is a {type(part).__name__}, which no codec decodes")
@@ -63,5 +62,6 @@ def decoded(part: nn.Module, codec: Codec, name: str = "", dtype: torch.dtype | 
 
 
 def _packed(part: nn.Module) -> bool:
-    weight = getattr(part, "weight", None)
+    """Whether a layer's weight is codes: its ``weight``, or what libraries have in the place of one."""
+    weight = next((getattr(part, name) for name in ("weight", "qweight", "W_q") if hasattr(part, name)), None)
     return isinstance(weight, torch.Tensor) and not weight.is_floating_point() and weight.dim() > 0

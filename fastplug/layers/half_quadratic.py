@@ -44,6 +44,8 @@ class HalfQuadratic:
     def __call__(self, weight: torch.Tensor) -> EncodedWeight:
         """Encode a weight [out_features, in_features] of fp32, bf16 or fp16; scales have its dtype.
 
+        One on the meta device gives the shapes alone.
+
         Raises:
             ModelError: The groups do not divide a row.
         """
@@ -58,7 +60,7 @@ class HalfQuadratic:
         scales = torch.empty(len(groups), 1, dtype=weight.dtype, device=weight.device)
         zeros = torch.empty_like(scales)
         step = max(1, _VALUES // self.group)
-        for start in range(0, len(groups), step):
+        for start in range(0, 0 if weight.is_meta else len(groups), step):
             part = slice(start, start + step)
             codes[part], scales[part], zeros[part] = solve(groups[part].float(), weight.dtype)
         half = (len(codes) + 1) // 2

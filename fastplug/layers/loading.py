@@ -16,6 +16,7 @@ import torch
 from fastplug.errors import ModelError, OptionError
 from fastplug.layers.encoding import encoder
 from fastplug.layers.filling import Source, fill
+from fastplug.layers.own_save import guard
 from fastplug.layers.reading import tensors_of
 from fastplug.layers.skeleton import skeleton
 from fastplug.layers.stored_weights import stored_weights
@@ -73,6 +74,8 @@ def load(
         fill(model, source, where, chosen, encode, skip)
     model.name_or_path = config.name_or_path = os.fspath(path)
     _generation_config(model, folder)
+    if encode is not None or source.encoded:
+        guard(model)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fastplug.errors import ModelError, OptionError
 from fastplug.layers.encoding import Encoder, encoder
 from fastplug.layers.linear import QuantLinear
+from fastplug.layers.own_save import guard
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -85,6 +86,7 @@ def quantize_(
         place = places.pop(0)
         setattr(place.parent, place.child, quantize(place.linear, encode))
         del place
+    guard(model)
     return model
 
 

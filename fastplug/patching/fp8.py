@@ -46,7 +46,7 @@ def prepare(model: nn.Module, device: torch.device, runtime: Runtime) -> str | N
     ]
     what = "gradients of activations, and recomputed outputs," if options.compute == "fp8_backward" else "products"
     count = len(rest) - len(odd) - len(dora)
-    note = f"{what} of {count} frozen linear modules are computed in FP8 (e4m3)"
+    note = f"{what} of {count} frozen linear modules are computed in FP8 (e4m3) where the step is in bf16"
     if exact:
         note += f"; {len(exact)} stay exact as told"
     if dora:

@@ -76,6 +76,18 @@ def test_losses(kind: str, folder: Path, plain: Callable[[str], Path]) -> None:
     assert_same(folder / kind, plain(kind))
 
 
+def test_lora_plus(folder: Path, plain: Callable[[str], Path]) -> None:
+    """By Axolotl's own key."""
+    for name, changes in (("plus-plain", STOCK), ("plus-fused", FUSED)):
+        written = config(folder, name, loraplus_lr_ratio=4, **changes)
+        axolotl("train", written, "--launcher", "python", folder=folder)
+    assert decisions(folder / "plus-fused")["patched"] >= {"decoder_layer", "attention", "mlp"}
+    assert_same(folder / "plus-fused", folder / "plus-plain")
+    ours, others = history(folder / "plus-fused"), history(plain("sft"))
+    assert ours[0] == pytest.approx(others[0], rel=1e-5)
+    assert ours[-1] != pytest.approx(others[-1], rel=1e-3)
+
+
 def test_a_role_that_the_user_gave_away(folder: Path, plain: Callable[[str], Path]) -> None:
     written = config(folder, "chunked", chunked_cross_entropy=True, **FUSED)
     log = axolotl("train", written, "--launcher", "python", folder=folder)

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 import fastplug
+from fastplug.layers import loraplus_groups
 from fastplug.metrics import PEAK_MEMORY, TOKENS_PER_SECOND
 from fastplug.patching.sites import KEY
 from fastplug_hf import FastPlugCallback
@@ -63,7 +64,15 @@ def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(completion) % 7) for completion in completions]
 
 
-def build(name: str, folder: Path, callbacks: list[Any], **changes: Any) -> Any:
+def build(
+    name: str,
+    folder: Path,
+    callbacks: list[Any],
+    *,
+    adapted: Any = None,
+    optimizers: Any = (None, None),
+    **changes: Any,
+) -> Any:
     import trl
 
     if "loss_type" in changes and tuple(map(int, trl.__version__.split(".")[:2])) < (1, 4):
@@ -79,7 +88,7 @@ def build(name: str, folder: Path, callbacks: list[Any], **changes: Any) -> Any:
             torch.manual_seed(3)
             model.config.num_labels = 1
             model = LlamaForSequenceClassification(model.config)
-    model = models.lora(model, task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM")
+    model = adapted or models.lora(model, task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM")
     config = getattr(trl, f"{name}Config")(output_dir=str(folder), **{**COMMON, **changes})
     return getattr(trl, f"{name}Trainer")(
         model=model,
@@ -88,6 +97,7 @@ def build(name: str, folder: Path, callbacks: list[Any], **changes: Any) -> Any:
         processing_class=tiny.tokenizer(),
         eval_dataset=data.select(range(4)) if "eval_strategy" in changes else None,
         callbacks=callbacks,
+        optimizers=optimizers,
         **own,
     )
 
@@ -126,6 +136,23 @@ def test_same_losses_with_and_without(name: str, changes: dict[str, Any], tmp_pa
             assert ours[key] == pytest.approx(entry[key], rel=1e-4, abs=cancels), key
     assert tiny.losses(fused) == pytest.approx(tiny.losses(plain), rel=1e-5, abs=1e-6)
     assert len(tiny.losses(fused, TOKENS_PER_SECOND)) == 3
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_lora_plus(name: str, tmp_path: Path) -> None:
+    """An optimizer of LoRA+'s groups, given to the trainer; TRL passes ``optimizers`` on to transformers."""
+    runs = []
+    for ratio, callbacks in ((4.0, []), (4.0, [FastPlugCallback()]), (1.0, [FastPlugCallback()])):
+        model = models.lora(models.plain("llama"))
+        optimizer = torch.optim.AdamW(loraplus_groups(model, COMMON["learning_rate"], ratio))  # type: ignore[arg-type]
+        runs.append(build(name, tmp_path / str(len(runs)), callbacks, adapted=model, optimizers=(optimizer, None)))
+        runs[-1].train()
+    plain, fused, equal = runs
+    assert {"decoder_layer", "attention", "mlp"} <= {d.role for d in fastplug.report(fused.model).patched}
+    assert tiny.losses(fused) == pytest.approx(tiny.losses(plain), rel=1e-5, abs=1e-6)
+    assert tiny.losses(fused)[-1] != pytest.approx(tiny.losses(equal)[-1], rel=1e-4)
+    rates = {group["name"]: group["initial_lr"] for group in fused.optimizer.param_groups}
+    assert rates["B"] == pytest.approx(4 * rates["A and others"])
 
 
 def test_token_accuracy_and_entropy_are_those_of_the_logits(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import fastplug
 from fastplug.errors import ModelError, OptionError
+from fastplug.exporters.folder import verify_manifest
 from fastplug.layers import QuantLinear, dequantize_, expand_blocks, load, quantize_, save
 from fastplug.layers.expansion import sources
 from tests import models
@@ -103,6 +105,32 @@ def test_a_quantized_one_is_written_and_read(tmp_path):
     dequantize_(model).save_pretrained(tmp_path / "plain")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-3)
+
+
+def test_one_on_hqq_becomes_a_plain_16_bit_model(tmp_path, monkeypatch):
+    models.plain(num_hidden_layers=4, tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = expand_blocks(load(tmp_path / "base", "hqq", device="cpu"), every=2)
+    nn.init.normal_(model.model.layers[2].mlp.down_proj.weight, std=0.1)
+    before = logits(model)
+    decoded, whole = [], QuantLinear.dequantize
+
+    def dequantize(layer, *arguments):
+        assert not any(weight() is not None for weight in decoded), "two decoded weights at a time"
+        made = whole(layer, *arguments)
+        decoded.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(QuantLinear, "dequantize", dequantize)
+    out = save(model, tmp_path / "plain", dequantize=True, max_shard_size="100KB")
+    assert len(decoded) == 4 * len(models.LINEARS)
+    assert not verify_manifest(out)
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, torch_dtype="auto")
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert not any(isinstance(module, QuantLinear) for module in again.modules())
+    assert again.config.num_hidden_layers == 6
+    assert not hasattr(again.config, "quantization_config")
+    assert torch.equal(logits(again), before)
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)  # only read
 
 
 def test_a_patched_expanded_model_takes_the_same_step():

@@ -81,8 +81,9 @@ def test_expansion_and_loading(tmp_path):
         before = plain(ids).logits
         assert torch.equal(model(ids).logits, before)
         assert torch.equal(expand_blocks(model, count=1)(ids).logits, before)
-    with pytest.raises(ModelError, match="stored as hqq, which bitsandbytes does not have"):
+    with pytest.raises(ModelError, match=r"stored as hqq, which bitsandbytes does not have; save\(.*dequantize=True"):
         save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_groups():

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastplug.layers import QuantLinear, expand_blocks, load, loraplus_groups, save
+from fastplug.errors import ModelError
+from fastplug.layers import expand_blocks, load, loraplus_groups, save
 from tests import models
 
 transformers = pytest.importorskip("transformers")
@@ -95,18 +96,38 @@ def test_it_trains_as_it_does_unfused(folder, tmp_path, kind):
     assert any(change.any() for change in ours.values())
 
 
-@pytest.mark.parametrize("kind", ["llama_pro", "q_llama_pro, NF4"])
+@pytest.mark.parametrize("kind", ["llama_pro", "q_llama_pro, NF4", "q_llama_pro, HQQ"])
 def test_expanded_models_go_on_as_plain_ones(folder, tmp_path, kind):
     model = TYPES[kind](folder)
     _, changes = trained(model, tmp_path / "a", FastPlugCallback())
     assert all(name.split(".")[2] in ("1", "3") for name in changes)
     written = tmp_path / "written"
-    quantized = any(isinstance(module, QuantLinear) for module in model.modules())
-    save(model, written) if quantized else model.save_pretrained(written)
-    again = load(written, None, device="cpu", dtype=torch.float32)
+    if kind == "llama_pro":
+        model.save_pretrained(written)
+    else:
+        save(model, written, dequantize="HQQ" in kind)
+    read = load if "NF4" in kind else transformers.AutoModelForCausalLM.from_pretrained
+    again = read(written)
     ids = models.batch()["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "hqq"])
+def test_a_run_over_quantized_blocks_resumes_from_its_checkpoint(folder, tmp_path, quant):
+    """The Trainer writes checkpoints with ``save_pretrained``, which makes no finished model of packed bytes."""
+    options = dict(optim="sgd", max_steps=STEPS, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+    runs = []
+    for resumed in (None, tmp_path / "checkpoint-2"):
+        model = expand_blocks(own(folder, quant), every=1)
+        runs.append(tiny.trainer(model, tmp_path, FastPlugCallback(), **options))
+        runs[-1].train(resume_from_checkpoint=resumed and str(resumed))
+    assert tiny.losses(runs[1]) == pytest.approx(tiny.losses(runs[0]), rel=1e-6)
+    first, second = (run.model.state_dict() for run in runs)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match=r"packed bytes, which from_pretrained cannot load; fastplug\.layers\.save"):
+        runs[1].save_model(str(tmp_path / "final"))
 
 
 def test_lora_plus_in_a_trainer(folder, tmp_path):

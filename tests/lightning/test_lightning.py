@@ -45,6 +45,15 @@ def assert_same(fused: Any, plain: Any, rel: float = 1e-5) -> None:
     assert fused.validations == pytest.approx(plain.validations, rel=rel)
 
 
+class Faster(Module):
+    """B of the adapters learns four times as fast as A."""
+
+    def configure_optimizers(self) -> Any:
+        groups = fastplug.layers.loraplus_groups(self.llm, lr=self.rate, ratio=4, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(groups)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.8)]
+
+
 # --- the same run -----------------------------------------------------------------------------------------------------
 
 
@@ -79,6 +88,22 @@ def test_trainer_options(changes: dict[str, Any], rel: float, tmp_path: Path) ->
     fit(fused, tmp_path, FastPlug(), **changes)
     assert_fused(fused)
     assert_same(fused, plain, rel)
+
+
+def test_lora_plus(tmp_path: Path) -> None:
+    plain, fused, slower = Faster(), Faster(), Module()
+    fit(plain, tmp_path)
+    host = fit(fused, tmp_path, FastPlug())
+    fit(slower, tmp_path, FastPlug())
+    assert_fused(fused)
+    assert_same(fused, plain)
+    assert fused.losses[0] == pytest.approx(slower.losses[0])
+    assert fused.losses[-1] != pytest.approx(slower.losses[-1], rel=1e-3)
+    rates = {group["name"]: group["lr"] for group in host.optimizers[0].param_groups}
+    assert rates["B"] == pytest.approx(4 * rates["A and others"])
+    trained = {name: parameter for name, parameter in fused.named_parameters() if parameter.requires_grad}
+    of_b = {id(p) for group in host.optimizers[0].param_groups if group["name"] == "B" for p in group["params"]}
+    assert of_b == {id(parameter) for name, parameter in trained.items() if "lora_B" in name}
 
 
 def test_model_built_in_configure_model_and_a_trainer_used_again(tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ from tests import models
 from tests.quant.cases import CASES, gptq, linear, quantized
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-ABSENT = object()
+
+
+class Absent:
+    """Stands for an attribute that is not there; pytest names parameters by it."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = Absent()
 
 
 def down_proj(double: bool = True) -> Any:
