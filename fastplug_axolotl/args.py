@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model, field_validator
 
+from fastplug.errors import OptionError
 from fastplug.options import Options
 from fastplug.run_exports import parse_exports
 
+IN_BACKWARD = "optimizer_in_backward"
 _hints = get_type_hints(Options)
 
 if TYPE_CHECKING:
@@ -22,9 +24,11 @@ else:
     FastPlugOptions = create_model(
         "FastPlugOptions",
         __config__=ConfigDict(extra="forbid"),
-        __doc__="The options of fastplug: the same keys and defaults as fastplug.Options, and `export`.",
+        __doc__="The options of fastplug: the same keys and defaults as fastplug.Options, `export`, and "
+        "`optimizer_in_backward`.",
         **{field.name: (_hints[field.name], field.default) for field in fields(Options)},
         export=(Any, None),
+        **{IN_BACKWARD: (bool, False)},
     )
 
 
@@ -44,7 +48,7 @@ class FastPlugArgs(BaseModel):
         if given is None:
             return None
         options, export = split(given)
-        return {**options.as_dict(), "export": export}
+        return {**options.as_dict(), "export": export, IN_BACKWARD: steps_in_backward(given)}
 
 
 def split(given: Mapping[str, Any] | None) -> tuple[Options, Any]:
@@ -58,4 +62,17 @@ def split(given: Mapping[str, Any] | None) -> tuple[Options, Any]:
     options = dict(given or {})
     export = options.pop("export", None)
     parse_exports(export)
-    return Options.of(options, also=("export",)), export
+    options.pop(IN_BACKWARD, None)
+    return Options.of(options, also=("export", IN_BACKWARD)), export
+
+
+def steps_in_backward(given: Mapping[str, Any] | None) -> bool:
+    """Whether the key asks for an optimizer that steps within the backward.
+
+    Raises:
+        OptionError: It says something else than yes or no.
+    """
+    asked = (given or {}).get(IN_BACKWARD)
+    if not isinstance(asked, bool | None):
+        raise OptionError(f"fastplug: {IN_BACKWARD} must be true or false, not {asked!r}")
+    return bool(asked)

@@ -85,9 +85,16 @@ class FastPlugPlugin(BasePlugin):
         Raises:
             StrictError: With ``strict: true``, nothing is patched.
             FastPlugError: The ranks did not decide the same.
+            OptionError: The optimizer cannot step within the backward, as the options ask for.
         """
         if not self._active:
             return
+        from fastplug_axolotl.args import steps_in_backward
+
+        if steps_in_backward(cfg.get("fastplug")):
+            from fastplug_axolotl.in_backward import StepInBackward
+
+            trainer.add_callback(StepInBackward(trainer))
         from fastplug_axolotl.ranks import is_true_on_any
 
         if is_true_on_any(any(parameter.is_meta for parameter in trainer.model.parameters())):

@@ -61,7 +61,11 @@ def check(memory: Any, headroom: Any) -> None:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    """So many bytes in GiB, or in a smaller unit where that would leave them one digit or none."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size) >= 0.1 * unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size:.0f} bytes"
 
 
 __all__ = ["FORCED", "Amount", "amount", "check", "gib"]

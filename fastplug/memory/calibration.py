@@ -21,6 +21,7 @@ from fastplug.memory.policy import SPREAD, Policy
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
 NEAR = 0.05  # a ratio that moves by less says the same
+HOST_NEAR = 0.25  # of the host's free memory: what data loaders and other processes take comes and goes
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Agreed:
     Attributes:
         available: Bytes of reserved memory plus the CUDA context that a step may take.
         context: Bytes of the CUDA context.
-        fixed: Bytes that are there before the first layer's forward, gradients left out.
+        fixed: Bytes that are there before the first layer's forward, gradients and what recorded layers hold left out,
+            and those that an optimizer's states will take.
         extra: Bytes that the highest mark was above (below, if negative) what had been predicted.
         slack: What is reserved beyond the allocated, as a fraction of it.
         host: Bytes of host memory that may be pinned.
@@ -40,6 +42,7 @@ class Agreed:
         copy: Measured over assumed milliseconds of copies to the host's memory.
         caution: Bytes that the first plans leave unused where they can: kernels are still being loaded, and the
             allocator has yet to find blocks of the right sizes.
+        assumed: Bytes of ``fixed`` that are states of an optimizer nobody has seen: it may have smaller ones, or none.
         ms: Policy -> measured over reasoned milliseconds.
         saved: Likewise of the bytes that a layer keeps.
     """
@@ -54,6 +57,7 @@ class Agreed:
     live: int = 1
     copy: float = 1.0
     caution: int = 0
+    assumed: int = 0
     ms: dict[Policy, float] = field(default_factory=dict)
     saved: dict[Policy, float] = field(default_factory=dict)
 
@@ -67,8 +71,10 @@ class Agreed:
         if (self.accumulating, self.live) != (other.accumulating, other.live):
             return True
         room = self.available // 100
-        sizes = ("available", "context", "fixed", "extra", "caution")
+        sizes = ("available", "context", "fixed", "extra", "caution", "assumed")
         if any(abs(getattr(self, name) - getattr(other, name)) > room for name in sizes):
+            return True
+        if abs(self.host - other.host) > max(room, HOST_NEAR * other.host):
             return True
         if abs(self.slack - other.slack) > 0.005:
             return True

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastplug.memory.allocator import Allocator
+from fastplug.optimizers import UsedGradient
 
 CONTEXT = 512 * 2**20  # of a CUDA process on an H100, where the device itself cannot tell
 CONTEXT_MOST = 2**30  # what is measured above this belongs to other processes
@@ -159,7 +160,7 @@ class HostMeter:
         model = self._model()
         tensors = [] if model is None else [*model.parameters(), *model.buffers()]
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *gradients))
+        return sum(local_bytes(tensor) for tensor in (*tensors, *gradients))
 
     def peak(self) -> tuple[int, int]:
         return 0, 0
@@ -183,6 +184,18 @@ class HostMeter:
         pass
 
 
+def local_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor that lie in this process: the own part of one that is sharded (a DTensor), all parts of one
+    that wraps others (torchao's), none of a gradient that an optimizer has used within the backward."""
+    if isinstance(tensor, UsedGradient):
+        return 0
+    here: torch.Tensor = getattr(tensor, "_local_tensor", tensor)  # to_local() would become part of a graph
+    flatten = getattr(here, "__tensor_flatten__", None)
+    if flatten is not None and type(here) not in (torch.Tensor, nn.Parameter):
+        return sum(local_bytes(getattr(here, name)) for name in flatten()[0])
+    return here.numel() * here.element_size()
+
+
 def meter_for(device: torch.device, model: nn.Module) -> Meter | None:
     """The meter of a device, or None where fastplug cannot read its memory."""
     if device.type == "cuda":
@@ -190,4 +203,4 @@ def meter_for(device: torch.device, model: nn.Module) -> Meter | None:
     return HostMeter(model) if device.type == "cpu" else None
 
 
-__all__ = ["CUDAMeter", "HostMeter", "Mark", "Meter", "meter_for"]
+__all__ = ["CUDAMeter", "HostMeter", "Mark", "Meter", "local_bytes", "meter_for"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,23 +16,26 @@ from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, gib
 from fastplug.memory.calibration import Agreed, Observation
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.estimate import in_comparison
+from fastplug.memory.making import Maker
 from fastplug.memory.meter import Meter, meter_for
-from fastplug.memory.moments import assemble
 from fastplug.memory.oom import Room
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
-from fastplug.memory.solve import DoesNotFit, solve
-from fastplug.memory.stock import Stock, budget_of, of_all
+from fastplug.memory.recordings import Recordings, possible
+from fastplug.memory.states import Optimizers
+from fastplug.memory.stock import Stock, budget_of, check_weights, of_all
 from fastplug.options import Options
 from fastplug.patching.report import Report
 from fastplug.patching.sites import KEY, Site
 
 logger = logging.getLogger("fastplug")
-GAIN = 0.99  # of the present plan's time that another one has to stay below: each change unsettles the allocator
 TIGHT = 0.9  # of its budget that a plan needs for scattered free memory to matter
-RECORDED = 0.5  # CUDA graphs hold what their layers keep for good: only where a plan needs no more of its budget
+COMPILED = (
+    "under torch.compile nothing is planned and no budget is kept to, since the compiler decides itself what layers "
+    "keep; the host's gradient checkpointing is an order again. Train without torch.compile (torch_compile=False) to "
+    "have a plan, or leave memory= out"
+)
 Shape = tuple[int, int]  # batch, and length on the grid
 Costs = tuple[LayerCosts, ...]
 
@@ -55,6 +56,7 @@ class Planner:
     def __init__(self, model: nn.Module, sites: Sequence[tuple[Site, bool]], options: Options, report: Report) -> None:
         self.options, self.count = options, len(sites)
         self.off: str | None = None
+        self.compiled = False  # layers ran under torch.compile
         self.room = Room(self._release, self._ran_out)
         self.plan: Plan | None = None
         self.plans: dict[Shape, Plan] = {}
@@ -62,6 +64,8 @@ class Planner:
         self.agreed: Agreed | None = None
         self.pinned = False  # by the user, or by the checkpoint that the run goes on from
         self.records = False  # whether layers may be recorded as CUDA graphs
+        self.recordings = Recordings(self._by_layer)
+        self._beside: dict[Shape, int] = {}  # bytes that recordings of other shapes held when a plan was made
         self.meter: Meter | None = None
         self.stock: Stock | None = None
         self._model = weakref.ref(model)
@@ -77,7 +81,7 @@ class Planner:
                 f"memory={options.memory!r}: {left} of {self.count} decoder layers are not patched as a whole; what "
                 "they keep is the host's business, and the plan is for the others"
             )
-        _check_weights(model, options)
+        check_weights(model, options)
         if options.memory_plan is not None:
             from fastplug.memory.saved_plans import load
 
@@ -100,7 +104,7 @@ class Planner:
         """Measure the layer whose forward begins now, if this is a forward to measure."""
         assert self.stock is not None
         assert self.plan is not None
-        if not self.stock.calibration.watching:
+        if not self.stock.calibration.watching or self.records:  # to record, and to replay, is another matter
             return None
         policy = self.plan.policies[index]
         return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy])
@@ -150,31 +154,57 @@ class Planner:
         due = agreement.due(self._forwards)
         if due and group is not None:
             self._agree_on_pins(x.device, group)
-        urgent = group is None and (self._urgent or (self.agreed is not None and waiting >= self.agreed.live))
-        if self.agreed is None or (not self.pinned and (due or urgent)):
+        news = stock.stepped() and self.agreed is not None and self.agreed.assumed > 0
+        news |= self._urgent or (self.agreed is not None and waiting >= self.agreed.live)
+        if self.agreed is None or (not self.pinned and (due or (news and group is None))):
             if self._urgent:
-                self._forget_recordings()
+                self.recordings.forget()
             elif due:
                 stock.lowered //= 2  # what was missing may be there again
             self._urgent = False
-            agreed = of_all(stock.take(self.agreed, x, waiting, self._forwards), x.device, group)
+            held = sum(self.recordings.held().values())
+            local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
+            self._reading.in_backward = stock.states.in_backward
+            agreed = of_all(local, x.device, group)
             if self.agreed is None or agreed.differs(self.agreed):
                 self.agreed = agreed
-                if group is None:  # ranks may have seen other shapes, and are to make the same plan of the same one
-                    self._followed.update(self.plans)
+                self._followed.update(self.plans)
                 self.plans.clear()
                 self._release()  # blocks of the sizes that the last plans needed
         if due:
             self._limit(stock.meter)
-        if shape not in self.plans:
-            self.plans[shape] = self._make(shape)
-        elif shape not in self._costs:  # a saved plan
-            self._costs[shape] = dict(self._reading.estimates(*shape))[self.plans[shape].tile_rows].layers
-        self.plan = plan = self.plans[shape]
-        self.records = self.options.memory in FORCED or plan.total <= RECORDED * plan.budget
+        self.plan = plan = self._plan_for(shape, alone=group is None)
         stock.predicted = max(stock.predicted, plan.allocated)
         if plan.total >= TIGHT * plan.budget:
             stock.meter.expand()
+
+    def _plan_for(self, shape: Shape, alone: bool) -> Plan:
+        """The plan for a shape, made anew where the numbers it was made of have changed."""
+        agreed = self.agreed
+        assert agreed is not None
+        held = self.recordings.held()
+        beside = sum(size for other, size in held.items() if other != shape)
+        known = self.plans.get(shape)
+        if known is None or (not self.pinned and beside != self._beside.get(shape, 0)) or shape not in self._costs:
+            # Ranks may have seen other shapes, and are to make the same plan of the same one.
+            before = self._followed.get(shape) if alone else None
+            maker = Maker(self._reading, agreed, shape, self.options.memory, before, beside, self.recordings.possible)
+            made = maker.make(first=self._forwards == 1) if known is None or not self.pinned else maker.follow(known)
+            if held and not made.plan.fits and self.options.memory not in FORCED:
+                self._give_up_recordings()
+                return self._plan_for(shape, alone)
+            if made.note is not None:
+                self.note(made.note)
+            past = self._followed.get(shape)
+            if shape in held and (not made.recorded or past is None or past.policies != made.plan.policies):
+                self.recordings.forget()
+            self.plans[shape], self._costs[shape] = made.plan, made.reasoned
+            self._beside[shape], self._followed[shape] = beside, made.plan
+            self.recordings.plan(shape, made.reasoned if made.recorded else None)
+        self.records = self.options.memory in FORCED or shape in self.recordings.costs
+        if self.recordings.begins(shape, held):
+            self._release()  # what was left in the allocator's cache, which a recording cannot use
+        return self.plans[shape]
 
     def _agree_on_pins(self, device: torch.device, group: Any) -> None:
         """Follow saved plans where all ranks have the same ones; every rank must call this."""
@@ -200,7 +230,8 @@ class Planner:
         self._release()  # what loading and quantizing left in the cache
         trained = [p for p in model.parameters() if p.requires_grad]
         copies = self._reading.copies(device) if self.options.memory not in FORCED else 1.0
-        self.stock = Stock(self.options, self.meter, self.room, trained, self._reading.optimizer_bytes(), copies)
+        self.stock = Stock(self.options, self.meter, self.room, trained, Optimizers(trained, device), copies)
+        self.recordings.possible = possible(self.options.graphs, device)
         return self.stock
 
     def _limit(self, meter: Meter) -> None:
@@ -208,66 +239,6 @@ class Planner:
         asked = budget_of(self.options, meter.total())
         if asked is not None and self.agreed is not None:
             meter.limit(asked - self.agreed.context)
-
-    def _make(self, shape: Shape) -> Plan:
-        """The plan for a shape: a function of that, of what was agreed on, and of the plan before."""
-        agreed = self.agreed
-        assert agreed is not None
-        fixed = {"model and optimizer": agreed.fixed + agreed.extra}
-        forced = {"keep": Policy.KEEP, "full": Policy.RESIDUAL}.get(str(self.options.memory))
-        found: list[tuple[Plan, Costs]] = []
-        least: list[tuple[Plan, Costs]] = []
-        errors: list[DoesNotFit] = []
-        for rows, reasoned in self._reading.estimates(*shape):
-            layers = agreed.apply(reasoned.layers)
-            more: dict[str, Any] = {
-                "head_peak": reasoned.head_peak,
-                "accumulating": agreed.accumulating,
-                "context": agreed.context,
-                "slack": agreed.slack,
-                "other_ms": reasoned.other_ms,
-                "batch": shape[0],
-                "sequence": shape[1],
-            }
-
-            def given(policies: list[Policy]) -> Plan:
-                return assemble(layers, policies, fixed, agreed.available, **more)  # noqa: B023
-
-            try:
-                if forced is not None:
-                    made = given([forced if forced in layer.policies else Policy.KEEP for layer in layers])
-                else:
-                    made = self._solve(layers, fixed, agreed, more)
-            except DoesNotFit as error:
-                errors.append(error)
-                least.append((replace(given([_least(layer) for layer in layers]), tile_rows=rows), reasoned.layers))
-                continue
-            found.append((replace(made, tile_rows=rows), reasoned.layers))
-            before = self._followed.get(shape)
-            if forced is None and before is not None and before.tile_rows == rows and _possible(before, layers):
-                same = replace(given(list(before.policies)), tile_rows=rows)
-                if same.fits and same.host_bytes <= agreed.host and GAIN * same.ms <= made.ms:
-                    found[-1] = same, reasoned.layers
-            if forced is not None or set(made.policies) == {Policy.KEEP}:
-                break
-        if not found:
-            nearest = min(errors, key=lambda failed: failed.least)
-            if self._forwards == 1:
-                raise nearest
-            found = [min(least, key=lambda pair: pair[0].total)]
-            why = str(nearest).removeprefix("fastplug: ")
-            self.note(f"{why}; the step goes on with the least that layers can keep")
-        plan, self._costs[shape] = min(found, key=lambda pair: in_comparison(pair[0]))
-        return plan
-
-    @staticmethod
-    def _solve(layers: Costs, fixed: dict[str, int], agreed: Agreed, more: dict[str, Any]) -> Plan:
-        """The fastest plan, with caution where there is room for it."""
-        if agreed.caution:
-            with contextlib.suppress(DoesNotFit):
-                made = solve(layers, fixed, agreed.available - agreed.caution, host_budget=agreed.host, **more)
-                return replace(made, budget=agreed.available)
-        return solve(layers, fixed, agreed.available, host_budget=agreed.host, **more)
 
     # --- memory ran out ---
 
@@ -283,24 +254,44 @@ class Planner:
             "and computed again, and the next plans are smaller"
         )
 
-    def _forget_recordings(self) -> None:
-        for binding in self._bindings():
-            binding.graphs = None
+    def _give_up_recordings(self) -> None:
+        """For good: batches of two kinds would else take each other's memory in turn."""
+        self.note("layers are not replayed as CUDA graphs any more: other batches need what recordings hold")
+        if not self.pinned:
+            self.plans = {shape: plan for shape, plan in self.plans.items() if shape not in self.recordings.costs}
+        self.recordings.give_up()
+
+    def _by_layer(self) -> list[Any]:
+        """The layers' bindings in order, None for a layer without one."""
+        layers = (reference() for reference in self._layers)
+        return [None if layer is None else layer.__dict__.get(KEY) for layer in layers]
 
     def _bindings(self) -> list[Any]:
         """Of the layers that are there and patched."""
-        layers = (reference() for reference in self._layers)
-        return [layer.__dict__[KEY] for layer in layers if layer is not None and KEY in layer.__dict__]
+        return [binding for binding in self._by_layer() if binding is not None]
+
+    def _offloaders(self) -> set[Any]:
+        return {binding.runtime.offload for binding in self._bindings()} - {None}
+
+    def _pinned_bytes(self) -> int:
+        """Bytes of host memory that are held for offloading."""
+        return sum(offloader.host_bytes for offloader in self._offloaders())
 
     def _release(self) -> int:
         """Give cached blocks back to the device, and what waits there for copies; the bytes of the latter."""
-        offloaders = {binding.runtime.offload for binding in self._bindings()} - {None}
-        staged = sum(offloader.clear() for offloader in offloaders)
+        staged = sum(offloader.clear() for offloader in self._offloaders())
         if self.meter is not None:
             self.meter.release()
         return staged
 
     # --- around ---
+
+    def trace(self) -> None:
+        """Say that layers run under torch.compile, which calls this while it traces them, and not when they run."""
+        self.compiled = True
+        self.note(COMPILED)
+
+    trace._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result does
 
     def close(self) -> None:
         """Give back the allocator's limit and settings."""
@@ -309,7 +300,8 @@ class Planner:
 
     def describe(self) -> dict[str, Any]:
         """The plan for the report, as plain values."""
-        found: dict[str, Any] = {"memory": self.options.memory, "why_no_plan": self.off}
+        why = COMPILED if self.compiled and self.plan is None else self.off
+        found: dict[str, Any] = {"memory": self.options.memory, "why_no_plan": why}
         if self.plan is not None and self.agreed is not None and self.meter is not None:
             found.update(
                 plan=self.plan.as_dict(),
@@ -320,32 +312,6 @@ class Planner:
                 pinned=self.pinned,
             )
         return found
-
-
-def _possible(plan: Plan, layers: Costs) -> bool:
-    """Whether the layers can have the policies that the plan gives them."""
-    return all(policy in layer.policies for policy, layer in zip(plan.policies, layers, strict=True))
-
-
-def _least(layer: LayerCosts) -> Policy:
-    """The policy under which a layer keeps least on the device."""
-    return min(layer.policies, key=lambda policy: layer[policy].saved)
-
-
-def _check_weights(model: nn.Module, options: Options) -> None:
-    """Raise ``OptionError`` if the weights alone are larger than the budget."""
-    device = next(model.parameters()).device
-    meter = None if device.type == "meta" else meter_for(device, model)
-    asked = None if meter is None else budget_of(options, meter.total())
-    if meter is None or asked is None:
-        return
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-    if weights + meter.context() > asked:
-        raise OptionError(
-            f"fastplug: memory={options.memory!r} is {gib(asked)}, and the weights of {type(model).__name__} alone "
-            f"take {gib(weights)}, beside {gib(meter.context())} of the CUDA context; give a larger budget or load "
-            "the weights in a smaller format"
-        )
 
 
 __all__ = ["Planner"]

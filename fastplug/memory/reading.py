@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastplug.errors import OptionError
 from fastplug.families import Family
-from fastplug.memory.around import optimizer_bytes
+from fastplug.memory.bytes import Step
 from fastplug.memory.checkpoint import attention_refusal
+from fastplug.memory.costs import LayerCosts
 from fastplug.memory.estimate import TILES, Estimate, estimate
 from fastplug.memory.gpus import GPU, GPUS, find, of_memory
 from fastplug.memory.host_memory import copy_rate
+from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
 from fastplug.options import Options
 from fastplug.patching.sites import KEY, Site
+from fastplug.sharding import distributed
+
+SCATTERING = 2  # layers whose gradients FSDP has as a whole at a time: one that is made, one that is being summed
 
 
 class Reading:
@@ -38,6 +46,8 @@ class Reading:
         self._shape: ModelShape | None = None
         self._gpu: GPU = GPUS[0]
         self._keeps_attention: list[bool] = []
+        self._share = 1.0  # of the gradients that stays in this process
+        self.in_backward = False  # an optimizer uses the gradients within the backward
 
     def read(self, device: torch.device) -> ModelShape:
         """The model's shape, on the device that its layers run on.
@@ -66,6 +76,7 @@ class Reading:
                 f"fastplug: memory={self._options.memory!r} cannot plan {type(model).__name__}, whose shapes are not "
                 f"where they are looked for ({error}); leave memory= out for this model"
             ) from error
+        self._share = _share(model.parameters())
         self._keeps_attention = []
         for site, fused in sites:
             binding = site.module.__dict__.get(KEY)
@@ -80,28 +91,66 @@ class Reading:
         assert self._shape is not None
         return self._shape
 
-    def estimates(self, batch: int, length: int) -> list[tuple[int | None, Estimate]]:
-        """For each size of tiles worth a try (None: no tiles), the costs of a micro-batch."""
+    def estimates(self, batch: int, length: int, recorded: bool = False) -> list[tuple[int | None, Estimate]]:
+        """For each size of tiles worth a try (None: no tiles), the costs of a micro-batch.
+
+        ``recorded`` counts what CUDA graphs hold, in the layers that are recorded; these have no tiles.
+        """
         found = []
-        for rows in (None, *(rows for rows in TILES if rows < batch * length)):
-            made = estimate(self.shape, batch, length, gpu=self._gpu, tile_rows=rows)
-            layers = tuple(
-                layer
-                if keeps
-                else layer.only(*(p for p in layer.policies if not (p.checkpoints and p.keeps_attention)))
-                for layer, keeps in zip(made.layers, self._keeps_attention, strict=True)
-            )
-            found.append((rows, Estimate(layers, made.fixed, made.head, made.other_ms, made.step)))
+        tiles = () if recorded else (rows for rows in TILES if rows < batch * length)
+        for rows in (None, *tiles):
+            made = estimate(self.shape, batch, length, gpu=self._gpu, tile_rows=rows, graphs=recorded)
+            layers = list(made.layers)
+            for i, keeps in enumerate(self._keeps_attention):
+                if not keeps:
+                    possible = (p for p in layers[i].policies if not (p.checkpoints and p.keeps_attention))
+                    layers[i] = layers[i].only(*possible)
+                layers[i] = self._with_passing_gradients(layers[i], i)
+            found.append((rows, Estimate(tuple(layers), made.fixed, made.head, made.other_ms, made.step)))
         return found
+
+    def records(self, batch: int, length: int) -> bool:
+        """Whether any layer is recorded as CUDA graphs in such a micro-batch, where the device has them."""
+        step = Step.of(self.shape, batch, length, graphs=True)
+        return any(step.replayed(layer, Policy.KEEP) for layer in self.shape.layers)
+
+    def _with_passing_gradients(self, layer: LayerCosts, index: int) -> LayerCosts:
+        """A layer's costs where its gradients do not stay as a whole: FSDP keeps a part of them, an optimizer within
+        the backward none."""
+        whole = layer.gradients
+        stays = int(whole * self._share)
+        passing = SCATTERING * (whole - stays)
+        if self.in_backward:
+            last = self.shape.head_trained if index == self.count - 1 else 0
+            kept = last if self.shape.tied else 0  # autograd waits with it for the embedding's
+            passing, stays = passing + stays - last, kept
+        if stays == whole:
+            return layer
+        costs = {p: replace(cost, backward_peak=cost.backward_peak + passing) for p, cost in layer.policies.items()}
+        return replace(layer, policies=costs, gradients=stays)
+
+    @property
+    def count(self) -> int:
+        return len(self._sites)
 
     def copies(self, device: torch.device) -> float:
         """Measured over assumed milliseconds of copies to the host's memory. Waits for the device."""
         measured = copy_rate(device)
         return 1.0 if measured is None else self._gpu.host / measured
 
-    def optimizer_bytes(self) -> int:
-        """States that an AdamW will have once it has stepped."""
-        return optimizer_bytes(self.shape.trained, "adamw")
+
+def _share(parameters: Iterable[Any]) -> float:
+    """The part of the trained numbers that FSDP2 leaves to each process, the same on all ranks; 1.0 without it.
+
+    A model is read in its first forward, when its first layer has been gathered, so the others tell.
+    """
+    whole, here = 0, 0.0
+    for parameter in parameters:
+        if parameter.requires_grad and distributed(parameter):
+            sizes = zip(parameter.placements, parameter.device_mesh.shape)
+            whole += parameter.numel()
+            here += parameter.numel() / math.prod(size for placement, size in sizes if placement.is_shard())
+    return here / whole if whole else 1.0
 
 
 __all__ = ["Reading"]

@@ -2,8 +2,8 @@
 
 :func:`attach` gives a patched model a :class:`Planner`; :func:`planned` is what a decoder layer's fast forward asks. In
 a training forward the first layer makes the plan for the micro-batch's shape, or finds the one it made before: lengths
-are rounded up to a coarse grid, so random lengths need few plans. Everywhere else (evaluation, generation, a traced
-model, a host that checkpoints the layer from outside) the fast forward runs as if there were no plan.
+are rounded up to a coarse grid, so random lengths need few plans. Everywhere else (evaluation, generation, under
+torch.compile, a host that checkpoints the layer from outside) the fast forward runs as if there were no plan.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 
 from fastplug.memory.checkpoint import offloader, run
 from fastplug.memory.node import Fetch, guarded
+from fastplug.memory.oom import retried
 from fastplug.memory.planner import Planner
 from fastplug.memory.policy import Policy
 from fastplug.memory.takeover import pass_on, permitted, switched_by
@@ -52,7 +53,13 @@ def planned(fast: FastForward) -> FastForward:
     @functools.wraps(fast)
     def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
         state: State | None = binding.memory
-        if state is None or state.planner.off is not None or torch.compiler.is_compiling():
+        if state is None:
+            return fast(layer, binding, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            if layer.training and torch.is_grad_enabled():
+                state.planner.trace()
+            return fast(layer, binding, *args, **kwargs)
+        if state.planner.off is not None:
             return fast(layer, binding, *args, **kwargs)
         kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
         x = kwargs.get("hidden_states")
@@ -60,7 +67,8 @@ def planned(fast: FastForward) -> FastForward:
             return fast(layer, binding, **kwargs)
         reason = _prevented(layer, state, kwargs)
         if reason is not None:
-            state.planner.note(reason)
+            if not state.planner.compiled:  # which leaves a checkpointed layer to the interpreter now and then
+                state.planner.note(reason)
             return fast(layer, binding, **kwargs)
         del kwargs["hidden_states"], args
         return _run(fast, layer, binding, state, x, kwargs)
@@ -100,8 +108,8 @@ def _run(
             observe,
             lambda x: _fetch(binding, x),
         )
-    else:
-        result = compute(x)
+    else:  # what others keep can be dropped for it
+        result = retried(planner.room, lambda: compute(x))
     if type(result) is NotCovered:
         state.uncovered = True
         if _permission(layer, state):

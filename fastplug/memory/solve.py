@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fastplug.errors import OptionError
+from fastplug.memory.budget import gib
 from fastplug.memory.choices import choices
 from fastplug.memory.costs import LayerCosts
 from fastplug.memory.moments import assemble, gradients_after
@@ -22,6 +23,7 @@ from fastplug.memory.policy import Policy
 STATES = 16384
 """Undominated pairs that are followed. 32 equal layers have about 2,000; where there are more, neighbours are merged,
 which may cost up to a 16384th of the budget per layer but never exceeds it."""
+SMALL = 0.005  # of what is always there: parts below that are not named in an error
 
 
 class DoesNotFit(OptionError):
@@ -217,16 +219,13 @@ def _error(
     context: int,
 ) -> DoesNotFit:
     always = sum(fixed.values()) + context
-
-    def gib(size: float) -> str:
-        return f"{size / 2**30:.2f} GiB"
-
-    large = {name: size for name, size in {**fixed, "CUDA context": context}.items() if size >= 2**23}
+    large = {name: size for name, size in {**fixed, "CUDA context": context}.items() if size > SMALL * always}
     named = ", ".join(f"{name} {gib(size)}" for name, size in large.items())
+    named = f" ({named})" if named else ""
     if always > budget:
-        why = f"what is there before the first step is {gib(always)} alone ({named})"
+        why = f"what is there before the first step is {gib(always)} alone{named}"
     else:
-        why = f"the least that a step needs is {gib(least)}, of which {gib(always)} are there before it ({named})"
+        why = f"the least that a step needs is {gib(least)}, of which {gib(always)} are there before it{named}"
     return DoesNotFit(
         f"fastplug: a budget of {gib(budget)} is too small: {why}; give a larger budget, a shorter sequence, a smaller "
         "batch or a smaller format of the weights",

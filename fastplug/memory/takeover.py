@@ -3,7 +3,8 @@
 transformers switches checkpointing on and off by an attribute ``gradient_checkpointing``, on each decoder layer or (up
 to 4.52) on the model around them, at any time: when the model is made, in ``Trainer.train``, again by PEFT or by the
 user. So the attribute of a patched instance is a property: it stores whatever the host sets, where the host would have
-stored it, and answers False while a plan decides. An undo gives back the class, and with it the value set last.
+stored it, and answers False while a plan decides. An undo gives back the class, and with it the value set last. Under
+torch.compile no plan decides, so there it is an order as ever.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastplug.patching.sites import KEY, Binding, NotCovered
@@ -26,7 +28,7 @@ class HostCheckpointing:
         self.default = default
 
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
-        if module is not None:
+        if module is not None and not torch.compiler.is_compiling():
             binding: Binding | None = module.__dict__.get(KEY)
             if binding is not None and binding.memory is not None and binding.memory.planner.off is None:
                 return False

@@ -87,8 +87,9 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
     result = before[0][1].report if before else _new_report(model, device, runtime)
     result.device, result.ops = str(device), dict(ops.names)
     result.decisions = [_decision(site, choice) for site, choice in decided]
-    result.notes = notes if decided else [_no_site_note(model)]
-    result.notes += [note for note in arithmetic if note is not None]
+    notes = notes if decided else [_no_site_note(model)]
+    notes += [note for note in arithmetic if note is not None]
+    result.notes = list(dict.fromkeys([*result.notes, *notes]))  # those of a plan, say, of an earlier apply stay
     if options.strict:
         _check_strict(result)
     for site, choice in decided:

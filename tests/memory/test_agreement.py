@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,26 @@ def test_ranks_agree_at_powers_of_two() -> None:
 def test_a_rank_alone_agrees_with_itself() -> None:
     assert agreement.group_of(torch.nn.Linear(2, 2)) is None
     assert agreement.highest([1, -2.5], torch.device("cpu"), None) == [1.0, -2.5]
+
+
+def test_the_engine_of_a_pipeline_is_no_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks have layers of their own; those of other engines agree, as the two processes below do."""
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+
+    class DeepSpeedEngine:
+        mpu = None
+
+        def forward(self) -> bool:
+            return agreement._deepspeed_trains()
+
+    class PipelineEngine(DeepSpeedEngine):
+        pass
+
+    class Sliced(DeepSpeedEngine):
+        mpu = "Megatron's"
+
+    assert not agreement._deepspeed_trains()
+    assert [engine().forward() for engine in (DeepSpeedEngine, PipelineEngine, Sliced)] == [True, False, False]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
@@ -48,7 +69,7 @@ def test_two_ranks_follow_one_plan(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in ("ddp", "fsdp2", "deepspeed"):
         one, other = first[strategy]["plans"], second[strategy]["plans"]
         assert one[:4] == other[:4]  # although one rank has less memory
         assert one[0][2] <= 4 * 2**20

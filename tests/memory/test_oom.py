@@ -129,7 +129,7 @@ def test_a_failure_in_the_second_micro_batch_of_four_changes_no_weight(
 def test_the_plan_is_lowered_for_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     glu = importlib.import_module("fastplug.ops.glu.reference")
     model = models.lora(models.plain(num_hidden_layers=LAYERS))
-    fastplug.apply(model, memory="5MiB")
+    fastplug.apply(model, memory="4MiB")
     (planner,) = planners(model)
     planner.meter = device = Device(model, 64 * MiB)
     batch = models.batch(2, 120)

@@ -13,6 +13,7 @@ import torch
 import fastplug
 from fastplug import OptionError
 from fastplug.memory import offload
+from fastplug.memory.making import Maker
 from fastplug.memory.plan import Plan
 from fastplug.memory.planner import Planner
 from fastplug.memory.policy import Policy
@@ -24,7 +25,7 @@ pytest.importorskip("peft")
 
 LAYERS = 4
 BATCH = models.batch(2, 120)
-BUDGETS = ("3MiB", "3400KiB", "4MiB", "5MiB", "6MiB", "7MiB", "9MiB")
+BUDGETS = ("2200KiB", "2400KiB", "2600KiB", "3MiB", "3400KiB", "4MiB", "9MiB")
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def test_auto_takes_what_is_free_and_leaves_headroom() -> None:
 def test_a_budget_below_the_weights_is_refused_before_anything_is_patched() -> None:
     model = make()
     with pytest.raises(
-        OptionError, match=r"memory='100KiB' is 0\.00 GiB, and the weights of LlamaForCausalLM alone take"
+        OptionError, match=r"memory='100KiB' is 100\.00 KiB, and the weights of LlamaForCausalLM alone take 0\.77 MiB"
     ):
         fastplug.apply(model, memory="100KiB")
     with pytest.raises(fastplug.ModelError, match="not patched"):
@@ -119,7 +120,7 @@ def test_a_budget_below_the_weights_is_refused_before_anything_is_patched() -> N
 
 def test_a_budget_that_no_step_fits_into_says_what_is_missing() -> None:
     model, _, _ = planned("1MiB")
-    with pytest.raises(OptionError, match=r"a budget of 0\.00 GiB is too small: the least that a step needs is"):
+    with pytest.raises(OptionError, match=r"a budget of 1\.00 MiB is too small: the least that a step needs is 2\."):
         gradients(model, BATCH)
 
 
@@ -128,7 +129,7 @@ def test_a_later_batch_that_does_not_fit_is_tried_with_the_least() -> None:
     gradients(model, BATCH)
     longer = models.batch(2, 250)
     found = gradients(model, longer)
-    assert all(policy.startswith("offload") for policy in kept(planner))
+    assert kept(planner)[:-1] == ["offload"] * (LAYERS - 1)  # what the last keeps costs nothing at the peak
     assert any("is too small" in note and "goes on with the least" in note for note in fastplug.report(model).notes)
     plain = make()
     fastplug.apply(plain)
@@ -198,7 +199,7 @@ def test_what_was_measured_changes_the_plan() -> None:
 
 
 def test_a_peak_above_the_plan_makes_the_next_plans_smaller() -> None:
-    model, planner, device = planned("8MiB")
+    model, planner, device = planned("4MiB")
     device.highest = (MiB, MiB)
     gradients(model, BATCH)
     assert planner.plan is not None
@@ -209,8 +210,7 @@ def test_a_peak_above_the_plan_makes_the_next_plans_smaller() -> None:
     assert planner.agreed is not None
     assert planner.agreed.extra == pytest.approx(MiB, abs=MiB // 4)
     assert planner.plan.total <= planner.plan.budget
-    assert planner.plan.ms >= first.ms
-    assert planner.plan is not first
+    assert planner.plan.ms > first.ms
 
 
 def test_a_peak_that_the_host_has_reset_says_nothing() -> None:
@@ -334,7 +334,7 @@ def test_a_step_that_ran_out_of_memory_is_not_measured() -> None:
 
 
 def test_a_plan_that_fits_is_not_left_for_a_small_gain() -> None:
-    model, planner, _ = planned("6MiB")
+    model, planner, _ = planned("3MiB")
     gradients(model, BATCH)
     plan, agreed = planner.plan, planner.agreed
     assert plan is not None
@@ -343,9 +343,8 @@ def test_a_plan_that_fits_is_not_left_for_a_small_gain() -> None:
 
     def made(slower: float, before: bool) -> Plan:
         """The plan if the present one's policies take so much longer than was reasoned."""
-        planner.agreed = replace(agreed, ms={policy: 1.0 + slower * (policy in plan.policies) for policy in Policy})
-        planner._followed = {shape: plan} if before else {}
-        return planner._make(shape)
+        measured = replace(agreed, ms={policy: 1.0 + slower * (policy in plan.policies) for policy in Policy})
+        return Maker(planner._reading, measured, shape, "3MiB", plan if before else None).make(first=False).plan
 
     low, high = 0.0, 4.0
     assert made(high, before=False).policies != plan.policies
@@ -356,5 +355,6 @@ def test_a_plan_that_fits_is_not_left_for_a_small_gain() -> None:
     assert fresh.policies != plan.policies == sticky.policies
     assert 0.99 * sticky.ms <= fresh.ms <= sticky.ms
     assert made(4.0, before=True) == made(4.0, before=False)  # that gains more than a little
-    planner.agreed, planner._followed = replace(agreed, available=int(0.8 * plan.total)), {shape: plan}
-    assert planner._make(shape).policies != plan.policies  # it does not fit any more
+    less = replace(agreed, available=int(0.8 * plan.total))
+    maker = Maker(planner._reading, less, shape, "3MiB", plan)
+    assert maker.make(first=False).plan.policies != plan.policies  # it does not fit any more

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,19 +32,39 @@ from tests.memory.under import layers
 FORWARDS = 9
 
 
+class DeepSpeedEngine(nn.Module):
+    """What is known of DeepSpeed's: its name, that it is the one to call, and that it sums the gradients."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(2)))
+
+    def forward(self, **kwargs: Any) -> Any:
+        sys.modules["deepspeed"] = module_from_spec(ModuleSpec("deepspeed", None))
+        try:
+            return self.module(**kwargs)
+        finally:
+            del sys.modules["deepspeed"]
+
+
 def main(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     saved: Any = None
     original = reference.forward
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in ("ddp", "fsdp2", "deepspeed"):
         model = models.lora(models.plain(num_hidden_layers=3))
         fastplug.apply(model, memory="auto")
         (planner,) = planners(model)
         planner.meter = device = Device(model, (5 - rank) * MiB)  # the second rank has less
         if strategy == "ddp":
             outer: Any = DistributedDataParallel(model)
+        elif strategy == "deepspeed":
+            outer = DeepSpeedEngine(model)
         else:
             for layer in layers(model):
                 fully_shard(layer)
