@@ -357,6 +357,7 @@ def test_yaml(snippet: Snippet) -> None:
     assert config
     options = config.get("fastplug") or {}
     parse_exports(options.pop("export", None))
+    assert isinstance(options.pop("optimizer_in_backward", False), bool)  # Axolotl's own, as export is
     Options.of(options)
 
 
