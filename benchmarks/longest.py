@@ -6,6 +6,7 @@
 With offloading, what a GPU holds hardly depends on the number of layers, but for their weights. So few of a shape's
 layers do (`--layers`), and as many bytes as the others' weights, gradients and optimizer states would take are held
 beside them. The host then gets as few of the layers' inputs: the memory that all of them need there is not measured.
+`--card 79.2` makes a larger GPU one of 80 GB for all systems: a process holds the rest (budgets in GiB then).
 Each system is a process of its own. A length counts if loss and gradients are finite and no LoRA tensor is without one.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 from benchmarks.hardware import ROOT, called, hardware, versions
 from benchmarks.rows import Row
 from benchmarks.shapes import SHAPES, config
+from benchmarks.smaller_card import smaller_card
 from benchmarks.systems import FROM_FOLDER, System
 
 STATES = 4 + 8  # bytes of a trained fp32 parameter's gradient and AdamW moments
@@ -34,6 +36,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, default=2, help="that do, of the shape's (default: 2)")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--card", type=float, metavar="GIB", help="as if the GPU had no more memory than that")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one system, loading included")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -119,9 +122,10 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.weights", a.shape, folder, "--layers", str(a.layers)]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         for run in a.run:
-            results += one_system(a, run, folder)
+            with smaller_card(a.card):
+                results += one_system(a, run, folder)
             if a.out:
-                setting = {"shape": a.shape, "layers": a.layers, "date": time.strftime("%Y-%m-%d")}
+                setting = {"shape": a.shape, "layers": a.layers, "card_gib": a.card, "date": time.strftime("%Y-%m-%d")}
                 record = {**setting, "command": called("longest"), "hardware": hardware(), "versions": versions()}
                 a.out.parent.mkdir(parents=True, exist_ok=True)
                 a.out.write_text(json.dumps({**record, "results": results}, indent=1) + "\n")

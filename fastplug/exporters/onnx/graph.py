@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastplug.patching.caches import name_in
+
 Past = list[tuple[Tensor, Tensor]]
 
 
@@ -22,6 +24,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.kv_cache = kv_cache
+        self.cache = name_in(type(model).forward)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.layers = int(config.num_hidden_layers)
         self.vocabulary = int(config.vocab_size)
@@ -42,8 +45,8 @@ class Decoder(nn.Module):
         cache: Any = DynamicCache()
         for layer, (key, value) in enumerate(past):
             cache.update(key, value, layer)
-        output = self.model(**inputs, past_key_values=cache, use_cache=True)
-        grown = output.past_key_values
+        output = self.model(**inputs, use_cache=True, **{self.cache: cache})
+        grown = getattr(output, self.cache)
         if hasattr(grown, "layers"):
             pairs = [(layer.keys, layer.values) for layer in grown.layers]
         else:  # transformers before 4.56

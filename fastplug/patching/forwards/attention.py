@@ -21,6 +21,7 @@ from fastplug.ops.lora.attention_input import AttentionInput, Norm, attention_in
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.linear import lora_linear
 from fastplug.ops.rope.autograd import rope
+from fastplug.patching.caches import NEW, take, unknown
 from fastplug.patching.forwards.blocks import interception, read_group, read_projections
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
@@ -62,6 +63,9 @@ def plan(
         return "the position embeddings are of several axes"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
+    odd = unknown(kwargs)
+    if odd is not None:
+        return f"a cache is given as {odd!r}, a name that is not known here"
     qkv = read_group(attention, family.qkv, x, runtime)
     if isinstance(qkv, str):
         return qkv
@@ -192,9 +196,8 @@ def attend(
     rest = dict(kwargs)
     mask = rest.pop("attention_mask", None)
     rest.pop("position_embeddings", None)
-    cache = rest.pop("past_key_values", None)
-    cache = rest.pop("past_key_value", cache)  # its name up to transformers 4.55
-    cache = rest.pop("layer_past", cache)  # GPT-NeoX's
+    newly = NEW in rest
+    cache = take(rest)
     has_position = "cache_position" in rest
     position = rest.pop("cache_position", None)
     for name, source in family.attention_arguments.items():
@@ -205,6 +208,8 @@ def attend(
             if "sliding_window" in rest:
                 details["sliding_window"] = rest["sliding_window"]
             k, v = cache.update(k, v, attention.layer_idx, details)
+        elif newly:
+            k, v = cache.update(k, v, attention.layer_idx, kwargs=rest)
         else:
             k, v = cache.update(k, v, attention.layer_idx)
     implementation: str = attention.config._attn_implementation  # type: ignore[assignment, union-attr]

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from fastplug.families import Family
 from fastplug.memory.oom import with_room
 from fastplug.ops.linear_cross_entropy import linear_cross_entropy
+from fastplug.patching.caches import given as given_cache
+from fastplug.patching.caches import name_in
 from fastplug.patching.forwards.lazy_logits import LazyLogits
 from fastplug.patching.forwards.step_cache import step_cache
 from fastplug.patching.inspection import global_hooks
@@ -52,12 +54,13 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     softcap, scale = family.logit_softcap(config), family.logit_scale(config)
     loss = fused_loss(head, binding.runtime, hidden, labels, kwargs, softcap, scale)
     output_class = sys.modules[family.module].CausalLMOutputWithPast
+    cache = name_in(type(backbone).forward)
     return output_class(
         loss=loss,
         logits=_lazy(head, hidden, binding.runtime, softcap, scale),
-        past_key_values=None if stand_in else outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
+        **{cache: None if stand_in else getattr(outputs, cache)},
     )
 
 
@@ -132,11 +135,11 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any], planned: bool) -> b
         return False
     kwargs["use_cache"] = False
     backbone = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
-    if not no_mask or kwargs.get("past_key_values") is not None:
+    if not no_mask or given_cache(kwargs) is not None:
         return False
     if getattr(backbone, "gradient_checkpointing", False) and not planned:  # it takes caches away from its layers
         return False
-    kwargs["past_key_values"] = step_cache()
+    kwargs[name_in(type(backbone).forward)] = step_cache()
     return True
 
 
