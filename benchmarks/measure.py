@@ -61,8 +61,12 @@ class Loop:
         ]
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
+        labels = x
+        if self.row.prompts:
+            labels = x.clone()
+            labels[:, : x.shape[1] // 2] = -100
         with torch.autocast(device().type, torch.bfloat16, enabled=self.row.autocast):
-            return self.model(input_ids=x, labels=x).loss  # type: ignore[no-any-return]
+            return self.model(input_ids=x, labels=labels).loss  # type: ignore[no-any-return]
 
     def step(self, i: int) -> torch.Tensor:
         loss = self.loss(self.data[i % len(self.data)])

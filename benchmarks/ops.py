@@ -101,12 +101,16 @@ def run(sizes: Sizes, groups: list[str], log: Callable[[str], None] = print) -> 
     }  # fmt: skip
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=GROUPS, help="some of the groups")
     parser.add_argument("--tokens", type=int, default=Sizes.tokens)
     parser.add_argument("--out", type=Path)
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = arguments().parse_args()
     torch.manual_seed(0)
     if torch.cuda.is_available():
         sizes = Sizes(torch.device("cuda"), tokens=a.tokens)

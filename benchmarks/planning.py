@@ -321,7 +321,7 @@ def compare(paths: Sequence[Path]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="settings whose name has this in it")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the measured ones; the third is recorded")
@@ -330,7 +330,11 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny widths, to try the benchmark itself")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--recorded", type=Path, nargs="+", metavar="FILE", help="results to compare, see above")
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = arguments().parse_args()
     if a.recorded:
         compare(a.recorded)
         return

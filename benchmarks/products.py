@@ -163,18 +163,30 @@ def line(result: dict[str, Any]) -> str:
     return f"{result['product']:11s} {result['variant']:31s}{time_} {result['tflops']:6.0f} TFLOP/s {energy}"
 
 
-def main() -> None:
+NAMES = [product.name for product in PRODUCTS]
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [product.name for product in PRODUCTS]
-    parser.add_argument("--only", action="append", choices=names, help="some of the products")
+    parser.add_argument("--only", action="append", choices=NAMES, help="some of the products")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seconds", type=float, default=0.25, help="of each variant in each round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON")
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = arguments().parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = run(a.only or names, a.tokens if device.type == "cuda" else 64, a.seconds, a.rounds, device)
+    results = run(
+        a.only or NAMES,
+        a.tokens if device.type == "cuda" else 64,
+        a.seconds,
+        a.rounds,
+        device,
+    )
     if a.out:
         record = {"date": time.strftime("%Y-%m-%d"), "command": called("products"), "hardware": hardware(),
                   "versions": versions(), "results": results}  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-FLAGS = ("dora", "checkpointed", "prepared", "autocast", "random")
+FLAGS = ("dora", "checkpointed", "prepared", "autocast", "random", "prompts")
 SHORTEST = 128  # tokens of the shortest batch where lengths are random
 
 # The rows that fastplug is held to, the ones without gradient checkpointing first.
@@ -25,7 +25,8 @@ class Row:
 
     ``dora`` gives the adapters a magnitude (``LoraConfig(use_dora=True)``); ``prepared`` applies PEFT's
     ``prepare_model_for_kbit_training``, which makes the residual stream fp32; ``random`` draws the length of each batch
-    between 128 and ``sequence`` and measures from the first step on.
+    between 128 and ``sequence`` and measures from the first step on; ``prompts`` takes the labels of the first half of
+    each sequence away, as trainers do with what the user said.
     """
 
     quantization: str
@@ -36,6 +37,7 @@ class Row:
     prepared: bool = False
     autocast: bool = False
     random: bool = False
+    prompts: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Row:

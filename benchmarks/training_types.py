@@ -100,29 +100,34 @@ def fill_zeros(model: Any) -> None:
                 parameter.normal_(0.0, STD / 2, generator=generator)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", default=",".join(TYPES), help=f"of {', '.join(TYPES)} (default: all)")
     parser.add_argument("--layers", type=int, default=4, help="before blocks are inserted (default: 4)")
     parser.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")
     add_arguments(parser)
-    arguments = parse(parser)
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
+    a = parse(parser)
     lines = []
-    for name in chosen(arguments.types, tuple(TYPES), "type", parser):
-        device = torch.device(arguments.device)
-        make = partial(prepare, name, arguments.layers, device, arguments.toy, arguments.checkpointed)
-        lines.append((Result(name, SHAPE.size, arguments.layers), make))
+    for name in chosen(a.types, tuple(TYPES), "type", parser):
+        device = torch.device(a.device)
+        make = partial(prepare, name, a.layers, device, a.toy, a.checkpointed)
+        lines.append((Result(name, SHAPE.size, a.layers), make))
 
     def record(results: list[Result]) -> dict[str, Any]:
         return {
             "command": called("training_types"),
-            "setting": {key: value for key, value in vars(arguments).items() if key not in ("out", "types")},
+            "setting": {key: value for key, value in vars(a).items() if key not in ("out", "types")},
             "hardware": hardware(),
             "versions": versions(),
             "results": [asdict(result) for result in results],
         }
 
-    measure_all(lines, arguments, record, "type", width=16)
+    measure_all(lines, a, record, "type", width=16)
 
 
 if __name__ == "__main__":

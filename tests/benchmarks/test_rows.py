@@ -14,7 +14,14 @@ from benchmarks.systems import System
 
 
 @pytest.mark.parametrize(
-    "text", [*TABLE, "qlora:2x1024:random", "qlora:4x2048:dora:checkpointed", "lora:1x8:checkpointed:prepared:autocast"]
+    "text",
+    [
+        *TABLE,
+        "qlora:2x1024:random",
+        "qlora:4x2048:dora:checkpointed",
+        "qlora:4x2048:prompts",
+        "lora:1x8:checkpointed:prepared:autocast",
+    ],
 )
 def test_a_row_is_what_it_prints(text: str) -> None:
     assert str(Row.parse(text)) == text

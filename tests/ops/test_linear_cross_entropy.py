@@ -62,6 +62,56 @@ def test_matches_cross_entropy(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("trained", [(True, False, False), (True, True, True), (False, True, False)])
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"num_items": 37}], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7, 16])
+def test_rows_that_count(
+    implementation: ModuleType,
+    transform: dict[str, float],
+    trained: tuple[bool, ...],
+    options: dict[str, Any],
+    rows: int,
+    device: torch.device,
+) -> None:
+    """The other rows are not read: they may hold anything."""
+    hidden, weight, bias, targets = make(19, 24, 517, device)
+    targets = targets.abs()
+    counted = torch.randperm(19, device=device)[:rows].sort().values
+    out = torch.ones(19, dtype=torch.bool, device=device)
+    out[counted] = False
+    targets[out] = -100
+    leaves = [hidden, weight, bias if trained[0] else None]
+    upstream = torch.randn((), device=device)
+    truth = run(held_whole, leaves, targets, torch.float64, trained, upstream, **options, **transform)
+    arguments = (targets, torch.float32, trained, upstream)
+    theirs = run(held_whole, leaves, *arguments, **options, **transform)
+    hidden[out] = torch.nan
+    chosen = {"counted": counted, "chunk_size": 4, "implementation": implementation}
+    mine = run(linear_cross_entropy, leaves, *arguments, **options, **transform, **chosen)
+    if rows == 0 and not options:
+        assert bool(mine[0].isnan() & truth[0].isnan())  # type: ignore[union-attr]
+        mine, theirs, truth = mine[1:], theirs[1:], truth[1:]
+        assert not any(gradient is not None and bool(gradient.any()) for gradient in mine)
+    else:
+        assert_as_accurate(mine, theirs, truth, NAMES)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_count_are_those_reported(implementation: ModuleType, device: torch.device) -> None:
+    hidden, weight, _, targets = make(11, 16, 300, device)
+    counted = (targets != -100).nonzero()[:, 0]
+    chosen = {"entropy": True, "implementation": implementation}
+    every = linear_cross_entropy(hidden, weight, targets, **chosen)  # type: ignore[arg-type]
+    found = linear_cross_entropy(hidden, weight, targets, **chosen, counted=counted)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.loss, every.loss)
+    assert torch.equal(found.argmax, every.argmax[counted])
+    assert torch.equal(found.correct, every.correct[counted])
+    assert every.entropy is not None
+    torch.testing.assert_close(found.entropy, every.entropy[counted])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_can_be_reported(implementation: ModuleType, device: torch.device) -> None:
     hidden, weight, _, targets = make(11, 16, 300, device)
     logits = hidden @ weight.t()
@@ -235,6 +285,8 @@ def test_wrong_arguments_say_why(device: torch.device) -> None:
         linear_cross_entropy(hidden, weight, targets, reduction="average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_items divides the loss"):
         linear_cross_entropy(hidden, weight, targets, reduction="sum", num_items=3)
+    with pytest.raises(ValueError, match="counted leaves rows out"):
+        linear_cross_entropy(hidden, weight, targets, reduction="none", counted=targets[:1])
     if device.type == "cpu":
         with pytest.raises(ValueError, match="outside the vocabulary"):
             linear_cross_entropy(hidden, weight, targets + 100)
@@ -301,15 +353,18 @@ def test_gpu_16_bit_without_a_sync(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("share", [None, 1, 2, 15])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_gpu_peak_memory(trained: bool) -> None:
+def test_gpu_peak_memory(trained: bool, share: int | None) -> None:
+    """Where only some sixteenths of the rows count, no step needs more than for all."""
     rows, width, vocabulary = 8192, 512, 128256
     hidden, weight, _, targets = make(rows, width, vocabulary, torch.device("cuda"), torch.bfloat16)
+    counted = None if share is None else torch.arange(rows // 16 * share, device="cuda")
     hidden.requires_grad_()
     weight.requires_grad_(trained)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    linear_cross_entropy(hidden, weight, targets).loss.backward()
+    linear_cross_entropy(hidden, weight, targets, counted=counted).loss.backward()
     extra = torch.cuda.max_memory_allocated() - before
     held = chunked.GPU_BYTES + (6 * weight.numel() if trained else 0) + 4 * hidden.numel()
     assert extra < held + 64 * 2**20

@@ -45,6 +45,7 @@ def linear_cross_entropy(
     entropy: bool = False,
     chunk_size: int | None = None,
     implementation: Any = None,
+    counted: Tensor | None = None,
 ) -> CrossEntropy:
     """``F.cross_entropy(z, targets)`` of ``z = softcap·tanh(logit_scale·(hidden·weightᵀ + bias) / softcap)``.
 
@@ -55,6 +56,8 @@ def linear_cross_entropy(
             where that is None (NaN if there is none, as in PyTorch); ``"sum"`` and ``"none"`` as in PyTorch.
         num_items: The items of the whole accumulated batch (the Trainer's ``num_items_in_batch``): a number, or a
             tensor of one element, which stays on its device.
+        counted: [R] int64 on the device of hidden, without duplicates: the only rows to compute, where the targets of
+            all others are known to be ignored. Prompts and padding then cost no logits. The result has R rows.
 
     The gradients of hidden, weight and bias, those that are required, come from the same pass as a scalar loss.
     With ``"none"``, a trained head computes its logits again in backward. There is no host sync. For one backward,
@@ -62,12 +65,14 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: As :func:`fastplug.ops.logprobs.linear_logprobs`; an unknown ``reduction``, or ``num_items`` with
-            one that does not divide.
+            one that does not divide; ``counted`` with ``"none"``, whose result has a row for each of hidden.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items divides the loss, which reduction={reduction!r} does not: use 'mean'")
+    if counted is not None and reduction == "none":
+        raise ValueError("counted leaves rows out, and reduction='none' has a result for each: give only one of them")
     if reduction == "none":
         logprob, row_entropy, argmax = linear_logprobs(
             hidden,
@@ -93,11 +98,12 @@ def linear_cross_entropy(
     needs = wanted_gradients(hidden, weight, bias)
     if any(needs):
         scalar, argmax, row_entropy = LinearCrossEntropy.apply(
-            hidden, weight, bias, targets, items, settings, dtype, needs
+            hidden, weight, bias, targets, items, settings, dtype, needs, counted
         )
     else:
-        rows, _ = chunked.forward(hidden, weight, bias, targets, settings, dtype)
+        rows, _ = chunked.forward(hidden, weight, bias, targets, settings, dtype, counted=counted)
         scalar, argmax, row_entropy = loss(rows.logprob, items), rows.argmax, rows.entropy
+    targets = targets if counted is None else targets.index_select(0, counted)
     return CrossEntropy(scalar, argmax, argmax == targets, row_entropy)
 
 

@@ -33,8 +33,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         settings: Settings,
         dtype: torch.dtype,
         needs: Needs,
+        counted: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        rows, gradients = chunked.forward(hidden, weight, bias, targets, settings, dtype, needs)
+        rows, gradients = chunked.forward(hidden, weight, bias, targets, settings, dtype, needs, counted)
         on_device = isinstance(items, Tensor)
         ctx.save_for_backward(*gradients, items if on_device else None)
         ctx.items = None if on_device else items
@@ -49,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         if ctx.weight_is_spent:
             raise RuntimeError(
                 "linear_cross_entropy of a trained head can go backward once: its first backward turned the one "
@@ -69,7 +70,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if hidden is None else scale_rows(hidden, factor, ctx.hidden_dtype),
             weight,
             None if bias is None else scale_rows(bias, factor.view(1), ctx.bias_dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 

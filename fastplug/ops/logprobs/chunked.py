@@ -125,14 +125,31 @@ def chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device,
 
 
 class _Head:
-    """The projection in its compute dtype, with the one buffer that its logits live in."""
+    """The projection in its compute dtype, with the one buffer that its logits live in.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: int | None):
-        self.hidden, self.weight = hidden, weight.to(dtype)
+    Where only the rows ``counted`` [R] are computed, chunks are of these. A chunk's copy of ``hidden`` and its gradient
+    come out of the buffer's budget, and the buffer is as long as for all rows: no step needs more than they would.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        size: int | None,
+        counted: Tensor | None = None,
+    ) -> None:
+        self.hidden, self.weight, self.counted = hidden, weight.to(dtype), counted
         self.bias = None if bias is None else bias.to(dtype)
         vocabulary = weight.shape[0]
-        self.chunks = chunks(hidden.shape[0], vocabulary, dtype, hidden.device, size)
+        total = hidden.shape[0]
+        self.rows = total if counted is None else counted.shape[0]
+        width = vocabulary if counted is None else vocabulary + 2 * hidden.shape[1]
+        self.chunks = chunks(self.rows, width, dtype, hidden.device, size)
         longest = self.chunks[0].stop if self.chunks else 0
+        if counted is not None and total:
+            longest = max(longest, chunks(total, width, dtype, hidden.device, size)[0].stop)
         # Rows that start at multiples of 128 bytes keep cuBLAS and the kernel on their vectorised paths.
         stride = vocabulary if hidden.device.type == "cpu" else -(-vocabulary // 64) * 64
         self.buffer = hidden.new_empty((longest, stride), dtype=dtype)[:, :vocabulary]
@@ -141,7 +158,8 @@ class _Head:
         """For each chunk its rows, its part of ``hidden`` [C, H] and its logits [C, V], valid until the next."""
         transposed = self.weight.t()
         for rows in self.chunks:
-            hidden = self.hidden[rows].to(self.weight.dtype)
+            hidden = self.hidden[rows] if self.counted is None else self.hidden.index_select(0, self.counted[rows])
+            hidden = hidden.to(self.weight.dtype)
             logits = self.buffer[: hidden.shape[0]]
             if self.bias is None:
                 logits.addmm_(hidden, transposed, beta=0)  # torch.compile takes no out= that is a view
@@ -154,7 +172,7 @@ class Gradients:
     """Sums the products of logit gradients into the gradients that are wanted.
 
     Attributes:
-        hidden: [T, H] in the compute dtype, or None.
+        hidden: [T, H] in the compute dtype, zero in rows that were not computed; or None.
         weight: [V, H] in the weight's dtype after :meth:`finish`, summed in fp32 over the chunks; or None.
         bias: [V] in fp32, or None.
     """
@@ -165,7 +183,8 @@ class Gradients:
         wide = torch.promote_types(dtype, torch.float32)
         # A single chunk has nothing to sum: its product is the gradient, and no fp32 copy exists.
         weight_dtype = dtype if len(head.chunks) == 1 else wide
-        self.hidden = head.hidden.new_empty(head.hidden.shape, dtype=dtype) if needs[0] else None
+        new = head.hidden.new_empty if head.counted is None else head.hidden.new_zeros
+        self.hidden = new(head.hidden.shape, dtype=dtype) if needs[0] else None
         self.weight = torch.empty_like(head.weight, dtype=weight_dtype) if needs[1] else None
         self.bias = head.hidden.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
         if self.weight is not None and not head.chunks:
@@ -174,7 +193,10 @@ class Gradients:
     def add(self, rows: slice, hidden: Tensor, gradient: Tensor) -> None:
         """``gradient`` [C, V] with respect to the logits of ``hidden`` [C, H], which are ``rows`` of the whole."""
         if self.hidden is not None:
-            self.hidden[rows].addmm_(gradient, self.head.weight, beta=0)
+            if self.head.counted is None:
+                self.hidden[rows].addmm_(gradient, self.head.weight, beta=0)
+            else:
+                self.hidden.index_copy_(0, self.head.counted[rows], gradient @ self.head.weight)
         if self.bias is not None:
             self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
         if self.weight is not None:
@@ -226,8 +248,9 @@ def forward(
     settings: Settings,
     dtype: torch.dtype,
     needs: Needs = (False, False, False),
+    counted: Tensor | None = None,
 ) -> tuple[Rows, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The rows' results, and the gradients of ``-Σ logprob`` that ``needs`` names.
+    """The rows' results, and the gradients of ``-Σ logprob`` that ``needs`` names; of the rows ``counted``, or of all.
 
     That of ``hidden`` is in ``dtype``, row by row, so that any upstream gradient of the log-probabilities can be
     multiplied in later; the other two suit an upstream that is the same for all rows.
@@ -235,8 +258,9 @@ def forward(
     ops = settings.ops(hidden.device, dtype)
     run = ops.token_logprobs_and_gradient if any(needs) else ops.token_logprobs
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, dtype, settings.chunk_size)
-        found = Rows.empty(hidden.shape[0], head.buffer, settings.entropy)
+        head = _Head(hidden, weight, bias, dtype, settings.chunk_size, counted)
+        targets = targets if counted is None else targets.index_select(0, counted)
+        found = Rows.empty(head.rows, head.buffer, settings.entropy)
         gradients = Gradients(head, needs)
         for rows, part, logits in head.logits():
             row = found.part(rows)

@@ -20,6 +20,7 @@ from fastplug.memory.oom import with_room
 from fastplug.ops.linear_cross_entropy import linear_cross_entropy
 from fastplug.patching.caches import given as given_cache
 from fastplug.patching.caches import name_in
+from fastplug.patching.forwards.labels import Labels
 from fastplug.patching.forwards.lazy_logits import LazyLogits
 from fastplug.patching.forwards.step_cache import step_cache
 from fastplug.patching.inspection import global_hooks
@@ -46,13 +47,14 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         # from tracing all of it only to find that.
         torch._dynamo.graph_break()
     kwargs.pop("logits_to_keep", None)
+    wanted = Labels(labels, kwargs)
     planner = binding.runtime.memory
     stand_in = _without_cache(model, kwargs, planned=planner is not None and planner.off is None)
     backbone: nn.Module = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
     outputs = backbone(**_heard(backbone, kwargs))
     hidden = outputs[0]
     softcap, scale = family.logit_softcap(config), family.logit_scale(config)
-    loss = fused_loss(head, binding.runtime, hidden, labels, kwargs, softcap, scale)
+    loss = fused_loss(head, binding.runtime, hidden, wanted, softcap, scale)
     output_class = sys.modules[family.module].CausalLMOutputWithPast
     cache = name_in(type(backbone).forward)
     return output_class(
@@ -87,16 +89,12 @@ def fused_loss(
     head: nn.Module,
     runtime: Runtime,
     hidden: torch.Tensor,
-    labels: torch.Tensor,
-    kwargs: dict[str, Any],
+    labels: Labels,
     softcap: float | None,
     scale: float,
 ) -> torch.Tensor:
-    """The cross entropy (scalar) of the head's logits for hidden [B, S, H]; ``kwargs`` are the loss function's."""
-    ignore_index = kwargs.get("ignore_index", -100)
-    shift_labels = kwargs.get("shift_labels")
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    """The cross entropy (scalar) of the head's logits for hidden [B, S, H]."""
+    counted = labels.counted(hidden.device)
 
     def loss_of(hidden: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         parts = head_weight(head, hidden, runtime)
@@ -106,14 +104,15 @@ def fused_loss(
         return linear_cross_entropy(
             features.reshape(-1, features.shape[-1]),
             weight,
-            shift_labels.reshape(-1).to(features.device),
+            labels.flat.to(features.device),
             bias,
-            num_items=kwargs.get("num_items_in_batch"),
-            ignore_index=ignore_index,
+            num_items=labels.num_items,
+            ignore_index=labels.ignore_index,
             softcap=softcap,
             logit_scale=scale,
             chunk_size=rows,
             implementation=runtime.ops.logprobs,
+            counted=counted,
         ).loss
 
     def with_what_it_takes(hidden: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastplug.patching.bind import MARK
+from fastplug.patching.forwards.labels import Labels
 from fastplug.patching.forwards.lazy_logits import LazyLogits
 from fastplug.patching.forwards.lm_head_loss import fused_loss, head_of, head_reason, not_covered
 from fastplug.patching.projection import base_layer
@@ -37,11 +38,12 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         torch._dynamo.graph_break()  # the lazy logits cannot be traced: see lm_head_loss.py
     if _may_drop_cache(model, binding, kwargs):
         kwargs["use_cache"] = False
+    wanted = Labels(labels, kwargs)
     outputs = _with_lazy_head(model, binding, head, kwargs)
     logits = outputs.logits
     factors = logits.factors() if isinstance(logits, LazyLogits) and not logits.computed else None
     if factors is not None:
-        loss = fused_loss(head, binding.runtime, logits.hidden, labels, kwargs, factors[1], factors[0])
+        loss = fused_loss(head, binding.runtime, logits.hidden, wanted, factors[1], factors[0])
     else:
         logits = logits.tensor() if isinstance(logits, LazyLogits) else logits
         given = {name: kwargs[name] for name in LOSS_ARGUMENTS if name in kwargs}

@@ -1,0 +1,177 @@
+"""Everything that fastplug is held to on a GPU, stage by stage within a time: first whether it is right, then how fast.
+
+    python -m benchmarks.acceptance --list
+    python -m benchmarks.acceptance --minutes 9 --out results
+    python -m benchmarks.acceptance --minutes 9 --out results --from budgets
+
+A stage is a few commands, each with its time. One is begun only if its time is left, and ended when it is over; what a
+benchmark has written by then counts. `STAGE.json` or `STAGE-NUMBER.json` are the results, `log.txt` has all that was
+said, and at the end stands how each command went. Peers that are not installed are left out by the benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from benchmarks.hardware import ROOT
+
+ORACLE = "benchmarks/results/2026-11-21-h100-llama-3.1-8b-final.json"
+TRIAL = "fastplug+trial=adapted_glu"
+FP8 = "fastplug+compute=fp8"
+FP8_BACKWARD = "fastplug+compute=fp8_backward"
+OTHERS = "benchmarks.step --systems hf,unsloth,fastplug --row qlora:4x2048 --row qlora:2x512"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands that belong together: ``python -m`` with these words, each within so many seconds."""
+
+    name: str
+    commands: tuple[tuple[int, str], ...]
+
+    @property
+    def seconds(self) -> int:
+        return sum(seconds for seconds, _ in self.commands)
+
+
+STAGES = (
+    Stage("kernels", (
+        (150, "pytest -q tests/ops/test_adapted_glu.py tests/ops/test_fp8_share.py "
+              "tests/ops/test_linear_cross_entropy.py"),
+    )),
+    Stage("trials", (
+        (180, f"benchmarks.step --layers 8 --systems hf,fastplug,{TRIAL},{FP8_BACKWARD},"
+              f"{FP8_BACKWARD}+trial=adapted_glu,fastplug+base_weights=kept "
+              "--row qlora:4x2048 --row qlora:4x2048:checkpointed"),
+    )),
+    Stage("ops", (
+        (90, "benchmarks.ops --only adapted_glu --only formats --only quantize_4bit"),
+        (60, "benchmarks.products"),
+    )),
+    Stage("llama", (
+        (420, f"benchmarks.step --oracle {ORACLE} --systems unsloth,axolotl,fastplug,{FP8_BACKWARD},{FP8} "
+              "--row qlora:4x2048 --row qlora:4x2048:checkpointed --row lora:4x2048"),
+    )),
+    Stage("prompts", (
+        (90, "benchmarks.step --layers 8 --systems hf,unsloth,fastplug --row qlora:4x2048:prompts --row qlora:4x2048"),
+    )),
+    Stage("small", (
+        (180, f"benchmarks.step --oracle {ORACLE} "
+              "--systems unsloth,fastplug,fastplug-graphs-off,fastplug+base_weights=kept "
+              "--row qlora:2x512 --row lora:2x512 --row qlora:2x512:checkpointed"),
+    )),
+    Stage("budgets", (
+        (420, "benchmarks.memory --budgets 9GiB,10GiB,12GiB,16GiB,24GiB,40GiB"),
+        (120, "benchmarks.memory --row qlora:2x512 --budgets 9GiB,12GiB,24GiB"),
+    )),
+    Stage("long", (
+        (260, "benchmarks.memory --row qlora:1x65536 --budgets 23GiB --warmup 2 --steps 1"),
+        (240, "benchmarks.longest --card 79.2 --run fastplug+memory=76GiB=344064,393216 "
+              "--run unsloth-offload=262144,294912"),
+    )),
+    Stage("tests", (
+        (300, "pytest -q tests/gpu tests/memory/test_allocator.py tests/engine/test_base_weights.py"),
+    )),
+    Stage("random", (
+        (240, "benchmarks.step --layers 8 --lengths random --steps 200 --systems hf,liger,unsloth,fastplug "
+              "--row qlora:2x1024"),
+    )),
+    Stage("shapes", (
+        (150, f"{OTHERS} --shape qwen3-8b --layers 8"),
+        (150, f"{OTHERS} --shape mistral-7b --layers 8"),
+        (150, f"{OTHERS} --shape qwen3-0.6b"),
+    )),
+    Stage("types", (
+        (240, "benchmarks.training_types --seconds 220"),
+    )),
+    Stage("planning", (
+        (300, "benchmarks.planning"),
+    )),
+)  # fmt: skip
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="the stages with their commands and seconds")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stage", action="append", choices=names, help="some of them, in the order of the list")
+    parser.add_argument("--from", dest="first", choices=names, default=names[0], help="the first one (default: all)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all that is begun (default: 9)")
+    parser.add_argument("--out", type=Path, default=Path("acceptance-out"), help="folder (default: acceptance-out)")
+    return parser
+
+
+def words(command: str, out: Path) -> list[str]:
+    """The command line; a benchmark's with ``--out``."""
+    module, *rest = command.split()
+    return [sys.executable, "-m", module, *rest, *(["--out", str(out)] if module != "pytest" else [])]
+
+
+def run(command: list[str], seconds: float, log: IO[str]) -> str:
+    """``ok``, ``failed (code)`` or ``out of time``; what it says goes to the log and to the terminal.
+
+    It is a process group of its own, all of which ends with it: benchmarks have workers that hold the GPU's memory.
+    """
+    print(f"\n$ {' '.join(command[1:])}", file=log, flush=True)
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        ended = False
+
+        def end(*_: object) -> None:
+            nonlocal ended
+            ended = True
+            os.killpg(process.pid, signal.SIGKILL)
+
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            for text in process.stdout:
+                print(text, end="", flush=True)
+                print(text, end="", file=log, flush=True)
+            code = process.wait()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    return "out of time" if ended else "ok" if code == 0 else f"failed ({code})"
+
+
+def main() -> int:
+    a = arguments().parse_args()
+    chosen = [stage for stage in STAGES if a.stage is None or stage.name in a.stage]
+    if a.list:
+        for stage in STAGES:
+            print(f"{stage.name} ({stage.seconds} s)", *(f"  {command}" for _, command in stage.commands), sep="\n")
+        return 0
+    if a.stage is None:
+        chosen = chosen[[stage.name for stage in chosen].index(a.first) :]
+    a.out.mkdir(parents=True, exist_ok=True)
+    deadline, summary, failed = time.monotonic() + 60 * a.minutes, [], False
+    with (a.out / "log.txt").open("a") as log:
+        for stage in chosen:
+            for number, (seconds, command) in enumerate(stage.commands, 1):
+                left = deadline - time.monotonic()
+                name = stage.name if len(stage.commands) == 1 else f"{stage.name}-{number}"
+                if left < seconds:
+                    summary.append(f"{name:20s} not begun: {left:.0f} s are left, it has {seconds}")
+                    continue
+                began = time.monotonic()
+                how = run(words(command, a.out / f"{name}.json"), seconds, log)
+                summary.append(f"{name:20s} {how} in {time.monotonic() - began:.0f} s")
+                failed |= how != "ok"
+        print("", *summary, sep="\n")
+        print("", *summary, sep="\n", file=log)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
