@@ -90,6 +90,9 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
         if type(result) is NotCovered:
             if result.reason is not None:
                 binding.fallbacks[result.reason] += 1
+            # What it stands in for may itself hold the forward of an earlier binding of ours: that runs the original.
+            if binding.stands_in_for is not None and type(self).forward is forward:
+                return binding.stands_in_for(*args, **kwargs)
             return original(self, *args, **kwargs)
         return result
 
@@ -119,13 +122,16 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
     return cls
 
 
-def bind(module: nn.Module, binding: Binding, fast: FastForward) -> None:
+def bind(module: nn.Module, binding: Binding, fast: FastForward, stands_in: bool = False) -> None:
     """Patch one instance. Its ``__dict__`` gains one entry and its ``__class__`` changes; that is all.
 
-    A bound copy of the class's own forward on the instance would hide the fast one, so it is put aside until unbind.
+    A forward on the instance would hide the fast one, so it is put aside until unbind: a bound copy of the class's own,
+    or somebody else's where the fast one ``stands_in`` for it.
     """
     own = module.__dict__.get("forward")
-    if getattr(own, "__func__", None) is type(module).forward:
+    if stands_in:
+        binding.stands_in_for = module.__dict__.pop("forward")
+    elif getattr(own, "__func__", None) is type(module).forward:
         binding.own_forward = module.__dict__.pop("forward")
     kinds: tuple[Any, ...] = type(module).__mro__
     if not any(MARK in vars(kind) and kind is patched_class(vars(kind)[MARK], fast) for kind in kinds):
@@ -148,8 +154,9 @@ def unbind(module: nn.Module) -> bool:
         del module.__dict__["forward"]  # transformers 4.57 leaves a bound copy behind when it records outputs
     if base is not None:
         module.__class__ = base
-    if binding.own_forward is not None and "forward" not in module.__dict__:
-        module.__dict__["forward"] = binding.own_forward
+    aside = binding.own_forward or binding.stands_in_for
+    if aside is not None and "forward" not in module.__dict__:
+        module.__dict__["forward"] = aside
     return True
 
 

@@ -83,7 +83,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
             binding.runtime.ops, binding.runtime.graphs = ops, None
     notes = check_weights(model, runtime.codec)  # before anything of the model runs: a guess by structure is tried
     decided = decide(model, runtime, plugins)
-    new = [(site, choice) for site, choice in decided if KEY not in site.module.__dict__]
+    new = [(site, choice) for site, choice in decided if not _bound(site, choice)]
     result = before[0][1].report if before else _new_report(model, device, runtime)
     result.device, result.ops = str(device), dict(ops.names)
     result.decisions = [_decision(site, choice) for site, choice in decided]
@@ -108,7 +108,10 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
                     result,
                     parameter_names(type(site.module)),
                 )
-                bind(site.module, binding, choice.implementation.forward)
+                unbind(
+                    site.module
+                )  # what somebody else has put there since is another implementation's to stand in for
+                bind(site.module, binding, choice.implementation.forward, choice.implementation.stands_in(site.module))
                 bound.append(site.module)
         if options.memory is not None:
             from fastplug.memory.runtime import attach
@@ -191,7 +194,7 @@ def decide(model: nn.Module, runtime: Runtime, plugins: Manager) -> list[tuple[S
 def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
     if site.role in runtime.options.disable:
         return Choice(candidate, LEFT, "disabled by the options")
-    reason = replaced_forward(site.module)
+    reason = None if candidate.stands_in(site.module) else replaced_forward(site.module)
     bound: Binding | None = site.module.__dict__.get(KEY)
     if reason is None and bound is not None and bound.implementation == candidate.name:
         reason = _taken_part(site)
@@ -205,6 +208,13 @@ def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
         return Choice(candidate, REFUSED, reason)
     reason = candidate.left_alone(site, runtime)
     return Choice(candidate, PATCHED) if reason is None else Choice(candidate, LEFT, reason)
+
+
+def _bound(site: Site, choice: Choice) -> bool:
+    """Whether nothing is left to do: the site is patched, and not for what another implementation has to serve now."""
+    binding: Binding | None = site.module.__dict__.get(KEY)
+    other = choice.status == PATCHED and choice.implementation.stands_in(site.module)
+    return binding is not None and not other
 
 
 def _taken_part(site: Site) -> str | None:

@@ -88,6 +88,7 @@ class Binding:
     parameters: tuple[str, ...]  # the names of the original forward's parameters, self left out
     fallbacks: Counter[str] = field(default_factory=Counter)
     own_forward: Any = None  # a bound copy of the class's forward that the instance carried before
+    stands_in_for: Any = None  # somebody else's forward of the instance, which runs where ours does not
     graphs: Any = None  # fastplug.graphs.replay.LayerState: what was recorded of the layer; no copy takes it along
     memory: Any = None  # fastplug.memory.runtime.State: a decoder layer's place in the plan; no copy takes it along
 
@@ -103,6 +104,7 @@ class Binding:
             deepcopy(self.report, memo),
             self.parameters,
             Counter(self.fallbacks),
+            stands_in_for=deepcopy(self.stands_in_for, memo),
         )
 
 
@@ -120,6 +122,8 @@ class Implementation:
             case the module's original forward runs on the same arguments.
         refuse: Given a site and the runtime, the reason why it cannot serve the site, or None.
         left_alone: Given a site and the runtime, why patching it would gain nothing there, or None.
+        stands_in: Whether it takes the place of a forward that somebody else has put on this module. That one runs
+            where ``forward`` answers :class:`NotCovered`, and is back after ``undo``.
         priority: The highest that neither refuses nor leaves alone wins; the built-ins have 0.
     """
 
@@ -128,6 +132,7 @@ class Implementation:
     forward: FastForward
     refuse: Callable[[Site, Runtime], str | None] = lambda site, runtime: None
     left_alone: Callable[[Site, Runtime], str | None] = lambda site, runtime: None
+    stands_in: Callable[[nn.Module], bool] = lambda module: False
     priority: int = 0
 
 

@@ -102,6 +102,7 @@ def build(
     )
 
 
+SERVED = "log-probabilities in TRL's head"
 Cases = list[tuple[str, dict[str, Any]]]
 CASES: Cases = [
     ("SFT", {}),
@@ -168,14 +169,22 @@ def test_token_accuracy_and_entropy_are_those_of_the_logits(tmp_path: Path) -> N
     assert tiny.losses(fused, "entropy") == pytest.approx(tiny.losses(plain, "entropy"), rel=1e-4)
 
 
-def test_trl_keeps_its_own_head(tmp_path: Path) -> None:
-    """TRL 1.4 to 1.14 replace the forward before on_init_end, later ones after it, older ones not at all."""
+def test_trls_own_head(tmp_path: Path) -> None:
+    """TRL 1.4 to 1.14 replace the forward before on_init_end and keep theirs; that of later ones, put on after it, is
+    served; older ones have none."""
     trainer = build("SFT", tmp_path, [FastPlugCallback()])
     head = trainer.model.get_base_model()
     assert KEY in head.__dict__ or "forward" in head.__dict__
+    own = head.__dict__.get("forward")
     trainer.train()
-    refused = {decision.role: decision.reason for decision in fastplug.report(trainer.model).refused}
-    own = "forward" in head.__dict__
-    assert refused.keys() == ({"lm_head_loss"} if own else set())
-    assert all(reason.startswith("its forward was replaced on the instance by trl.") for reason in refused.values())
-    assert (KEY in head.__dict__) == (not own)
+    report = fastplug.report(trainer.model)
+    refused = {decision.role: decision.reason for decision in report.refused}
+    if getattr(own, "__name__", None) == "forward" and own.__func__.__code__.co_name == "_fused_forward":
+        assert [d.implementation for d in report.patched if d.role == "lm_head_loss"] == [SERVED]
+        assert not report.fallbacks
+        fastplug.undo(trainer.model)
+        assert head.__dict__["forward"] is own
+    else:
+        assert refused.keys() == ({"lm_head_loss"} if own else set())
+        assert all(reason.startswith("its forward was replaced on the instance by trl.") for reason in refused.values())
+        assert (KEY in head.__dict__) == (own is None)

@@ -17,7 +17,8 @@ def fastplug_implementations() -> list[Implementation]:
         norm,
         shared_input,
         traced_loss,
+        trl_head,
     )
 
-    parts = (decoder_layer, layer_by_row, attention, mlp, norm, shared_input, lm_head_loss, traced_loss)
+    parts = (decoder_layer, layer_by_row, attention, mlp, norm, shared_input, lm_head_loss, traced_loss, trl_head)
     return [part.IMPLEMENTATION for part in parts]

@@ -1,0 +1,206 @@
+"""The head that TRL puts on a model, computed by the fused op.
+
+TRL 1.15 and later set ``model.forward`` to a forward of their own, which with ``fused_lm_head=True`` gives what its
+trainers read of each token that has a label: log-probability, entropy, mean logit, whether it is the likeliest. It
+waits for all layers before it picks these tokens' rows, and computes their logits once more in its backward. Ours knows
+the rows before, and has the gradient already. Nothing of TRL is imported: its settings are read off its forward, and
+one that is not as known here keeps running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastplug.memory.oom import with_room
+from fastplug.ops.logprobs import linear_logprobs
+from fastplug.patching.forwards import lm_head_loss
+from fastplug.patching.forwards.labels import Labels
+from fastplug.patching.forwards.lm_head_loss import FEW, head_reason, head_weight
+from fastplug.patching.projection import read
+from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
+from fastplug.sharding import gathers_itself
+
+PARAMETERS = ("self", "args", "fused_lm_head", "labels", "shift_labels", "num_items_in_batch", "kwargs")
+SETTINGS = (
+    "backbone_attr",
+    "cast_lm_head_to_fp32",
+    "final_logit_softcapping",
+    "logit_scale",
+    "original_forward",
+    "outputs",
+    "temperature",
+    "text_config",
+)
+FIELDS = ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss")
+SERVED = {"log_probs", "entropy", "mean_logits", "is_top1"}
+
+
+@dataclass(frozen=True)
+class TRLHead:
+    """What TRL's forward was made with, and the class of what it returns."""
+
+    settings: dict[str, Any]
+    output: type[Any]
+
+    @classmethod
+    def of(cls, forward: object) -> TRLHead | str | None:
+        """Of a forward; None if it is not TRL's, a reason if it is one that is not known here."""
+        function: Any = getattr(forward, "__func__", None)
+        code = getattr(function, "__code__", None)
+        if (
+            code is None
+            or code.co_name != "_fused_forward"
+            or function.__globals__.get("__name__") != "trl.trainer.utils"
+        ):
+            return None
+        output = function.__globals__.get("FusedCausalLMOutput")
+        parameters = tuple(inspect.signature(function, follow_wrapped=False).parameters)
+        fields = tuple(field.name for field in dataclasses.fields(output)) if dataclasses.is_dataclass(output) else ()
+        if (parameters, code.co_freevars, fields) != (PARAMETERS, SETTINGS, FIELDS):
+            return "TRL's head is of a version that is not known here"
+        return cls(dict(zip(SETTINGS, (cell.cell_contents for cell in function.__closure__))), output)
+
+
+def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
+    if not kwargs.get("fused_lm_head"):
+        kwargs.pop("fused_lm_head", None)
+        return lm_head_loss.forward(model, binding, *args, **kwargs)
+    head = TRLHead.of(binding.stands_in_for)
+    if not isinstance(head, TRLHead) or torch.compiler.is_compiling():
+        return NotCovered()
+    projection: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    reason = _not_covered(head, projection, binding.runtime, kwargs)
+    if reason is not None:
+        return NotCovered(reason)
+    given = {name: kwargs.pop(name, None) for name in PARAMETERS[2:-1]}
+    if given["num_items_in_batch"] is None:
+        del given["num_items_in_batch"]
+    labels, shifted = given["labels"], given["shift_labels"]
+    wanted = Labels(labels, given)
+    hidden = getattr(model, head.settings["backbone_attr"])(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+    shape = hidden.shape[:2] if shifted is not None else (hidden.shape[0], hidden.shape[1] - 1)
+    found = _scores(head, projection, binding.runtime, hidden, wanted)
+    # The last token of a row predicts none: it has no place in what TRL returns.
+    each = {name: value.view(hidden.shape[:2])[:, : shape[1]] for name, value in found.items()}
+    items = each["label_mask"].sum().clamp(min=1) if wanted.num_items is None else wanted.num_items
+    return head.output(loss=-each["log_probs"].sum() / items, **each)
+
+
+def _not_covered(head: TRLHead, projection: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> str | None:
+    """Why a call is left to TRL's own forward."""
+    settings = head.settings
+    if set(settings["outputs"]) - SERVED:
+        return f"TRL wants {', '.join(sorted(set(settings['outputs']) - SERVED))} of its head"
+    if "mean_logits" in settings["outputs"] and settings["final_logit_softcapping"] is not None:
+        return "TRL wants the mean of logits with a softcap of its head"
+    if settings["cast_lm_head_to_fp32"]:
+        return "TRL's head is to be computed in fp32"
+    if kwargs.get("output_router_logits") or getattr(settings["text_config"], "output_router_logits", False):
+        return "TRL's head adds a router's loss"
+    if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+        return "TRL's head was called without labels"
+    if gathers_itself(projection):
+        return "the head is sharded"
+    found = read(projection, runtime)
+    if isinstance(found, str):
+        return f"the head {found}"
+    return "the head has an adapter" if found.a is not None else None
+
+
+class _Picked(torch.autograd.Function):
+    """Rows of [T, H] by their distinct numbers; the gradient of the others is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = hidden.shape
+        return hidden.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, gradient), None
+
+
+def _scores(
+    head: TRLHead, projection: nn.Module, runtime: Runtime, hidden: torch.Tensor, labels: Labels
+) -> dict[str, torch.Tensor]:
+    """What TRL returns of each token, [B·S], zero where there is no label, and which have one."""
+    settings = head.settings
+    counted = labels.counted(hidden.device)
+    features, weight, bias = _parts(projection, hidden, runtime)
+    flat, targets = features.reshape(-1, features.shape[-1]), labels.flat.to(features.device)
+    mask = targets != labels.ignore_index
+    rows, answers = (flat, targets) if counted is None else (_Picked.apply(flat, counted), targets[counted])
+
+    def score(chunk: int | None = None) -> Any:
+        return linear_logprobs(
+            rows,
+            weight,
+            answers,
+            bias,
+            temperature=settings["temperature"],
+            softcap=settings["final_logit_softcapping"],
+            logit_scale=settings["logit_scale"],
+            ignore_index=labels.ignore_index,
+            entropy="entropy" in settings["outputs"],
+            chunk_size=chunk,
+            implementation=runtime.ops.logprobs,
+        )
+
+    found = with_room(runtime.memory, score, lambda: score(FEW))
+
+    def everywhere(values: torch.Tensor) -> torch.Tensor:
+        if counted is None:
+            return values.masked_fill(~mask, 0)
+        return values.new_zeros(mask.shape).index_copy(0, counted, values)
+
+    values = {"log_probs": found.logprob, "entropy": found.entropy}
+    if "mean_logits" in settings["outputs"]:
+        values["mean_logits"] = _mean_logits(rows, weight, bias, settings)
+    if "is_top1" in settings["outputs"]:
+        values["is_top1"] = found.argmax == answers
+    return {"label_mask": mask, **{name: everywhere(each) for name, each in values.items() if each is not None}}
+
+
+def _parts(
+    projection: nn.Module, hidden: torch.Tensor, runtime: Runtime
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    parts = head_weight(projection, hidden, runtime)
+    if isinstance(parts, str):
+        raise RuntimeError(f"fastplug: {parts}, which was not to be seen before; disable='lm_head_loss' leaves it")
+    return parts
+
+
+@torch.no_grad()
+def _mean_logits(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: dict[str, Any]
+) -> torch.Tensor:
+    """[R] fp32, the mean over the vocabulary: without a softcap, the product with the mean row of the weight."""
+    average = weight.mean(0, dtype=torch.float32)
+    mean = torch.cat([part.float() @ average for part in rows.split(2048)])
+    mean = mean if bias is None else mean + bias.float().mean()
+    return mean * (settings["logit_scale"] / settings["temperature"])
+
+
+def refuse(site: Site, runtime: Runtime) -> str | None:
+    found = TRLHead.of(site.module.__dict__.get("forward"))
+    if not isinstance(found, TRLHead):
+        return found or "TRL has put no head on it"
+    head: nn.Module = site.module.get_output_embeddings()  # type: ignore[operator]
+    return head_reason(head, runtime)
+
+
+def stands_in(module: nn.Module) -> bool:
+    return isinstance(TRLHead.of(module.__dict__.get("forward")), TRLHead)
+
+
+IMPLEMENTATION = Implementation(
+    "lm_head_loss", "log-probabilities in TRL's head", forward, refuse, priority=1, stands_in=stands_in
+)
