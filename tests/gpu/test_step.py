@@ -285,3 +285,33 @@ def test_torch_compile_trains_to_the_same_gradients() -> None:
         if parameter.requires_grad:
             cosine = torch.nn.functional.cosine_similarity(parameter.grad.flatten(), plain[name].flatten(), dim=0)
             assert cosine > 0.99, (name, float(cosine))
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_trls_head_is_served_without_waiting(prompts: bool) -> None:
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this TRL puts no such head on a model")
+    model, x = build("qlora"), tokens()
+    labels = x.clone()
+    labels[:, : 160 if prompts else 0] = -100
+    utils.add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+
+    def run() -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        output = model(input_ids=x, labels=labels, fused_lm_head=True)
+        output.loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"log_probs": output.log_probs, "entropy": output.entropy, "mean_logits": output.mean_logits, **found}
+
+    expected = run()
+    fastplug.apply(model, strict=True)
+    for _ in range(4):
+        run()
+    with syncs() as waited:
+        found = run()
+    assert not waited, waited
+    assert not fastplug.report(model).fallbacks
+    assert set(expected) == set(found)
+    for name in expected:
+        assert torch.nn.functional.cosine_similarity(expected[name].flatten(), found[name].flatten(), 0) > 0.99, name
