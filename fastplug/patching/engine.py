@@ -111,7 +111,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
                 unbind(
                     site.module
                 )  # what somebody else has put there since is another implementation's to stand in for
-                bind(site.module, binding, choice.implementation.forward, choice.implementation.stands_in(site.module))
+                bind(site.module, binding, choice.implementation.forward, choice.implementation.takes_over(site.module))
                 bound.append(site.module)
         if options.memory is not None:
             from fastplug.memory.runtime import attach
@@ -177,7 +177,8 @@ def decide(model: nn.Module, runtime: Runtime, plugins: Manager) -> list[tuple[S
     known = list(walk(model, plugins.collect("fastplug_families")))
     answered = []
     for site in known:
-        candidates = [_answer(site, runtime, candidate) for candidate in ranked if candidate.role == site.role]
+        asked = [each for each in ranked if each.role == site.role and each.concerns(site.module)]
+        candidates = [_answer(site, runtime, candidate) for candidate in asked]
         candidates.sort(key=lambda choice: (PATCHED, LEFT, REFUSED).index(choice.status))
         if candidates:
             answered.append((site, candidates))
@@ -194,7 +195,7 @@ def decide(model: nn.Module, runtime: Runtime, plugins: Manager) -> list[tuple[S
 def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
     if site.role in runtime.options.disable:
         return Choice(candidate, LEFT, "disabled by the options")
-    reason = None if candidate.stands_in(site.module) else replaced_forward(site.module)
+    reason = None if candidate.takes_over(site.module) else replaced_forward(site.module)
     bound: Binding | None = site.module.__dict__.get(KEY)
     if reason is None and bound is not None and bound.implementation == candidate.name:
         reason = _taken_part(site)
@@ -213,7 +214,7 @@ def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
 def _bound(site: Site, choice: Choice) -> bool:
     """Whether nothing is left to do: the site is patched, and not for what another implementation has to serve now."""
     binding: Binding | None = site.module.__dict__.get(KEY)
-    other = choice.status == PATCHED and choice.implementation.stands_in(site.module)
+    other = choice.status == PATCHED and choice.implementation.takes_over(site.module)
     return binding is not None and not other
 
 

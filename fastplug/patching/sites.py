@@ -122,8 +122,9 @@ class Implementation:
             case the module's original forward runs on the same arguments.
         refuse: Given a site and the runtime, the reason why it cannot serve the site, or None.
         left_alone: Given a site and the runtime, why patching it would gain nothing there, or None.
-        stands_in: Whether it takes the place of a forward that somebody else has put on this module. That one runs
-            where ``forward`` answers :class:`NotCovered`, and is back after ``undo``.
+        stands_in: Given a module, whether it takes the place of a forward that somebody else has put on it. That one
+            runs where ``forward`` answers :class:`NotCovered`, and is back after ``undo``. Where there is none, such
+            an implementation is not asked. None: it stands in for nobody's.
         priority: The highest that neither refuses nor leaves alone wins; the built-ins have 0.
     """
 
@@ -132,8 +133,21 @@ class Implementation:
     forward: FastForward
     refuse: Callable[[Site, Runtime], str | None] = lambda site, runtime: None
     left_alone: Callable[[Site, Runtime], str | None] = lambda site, runtime: None
-    stands_in: Callable[[nn.Module], bool] = lambda module: False
+    stands_in: Callable[[nn.Module], bool] | None = None
     priority: int = 0
+
+    def takes_over(self, module: nn.Module) -> bool:
+        """Whether it stands in for a forward that is on this module now."""
+        return self.stands_in is not None and self.stands_in(module)
+
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether to ask it: one that stands in, only where it takes over or did so before."""
+        bound: Binding | None = module.__dict__.get(KEY)
+        return (
+            self.stands_in is None
+            or self.takes_over(module)
+            or (bound is not None and bound.implementation == self.name)
+        )
 
 
 @dataclass(frozen=True)

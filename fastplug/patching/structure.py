@@ -62,7 +62,7 @@ class _Search:
         return answers[0]
 
     def _decided(self, name: str, module: nn.Module, role: str, key: object) -> tuple[Site, list[Choice]]:
-        candidates = [candidate for candidate in self.implementations if candidate.role == role]
+        candidates = [each for each in self.implementations if each.role == role and each.concerns(module)]
         if role in self.runtime.options.disable:
             return _left(name, module, role, candidates[0], "disabled by the options")
         reason = replaced_forward(module)

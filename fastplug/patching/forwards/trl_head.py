@@ -49,8 +49,8 @@ class TRLHead:
     output: type[Any]
 
     @classmethod
-    def of(cls, forward: object) -> TRLHead | str | None:
-        """Of a forward; None if it is not TRL's, a reason if it is one that is not known here."""
+    def of(cls, forward: object) -> TRLHead | None:
+        """Of a forward; None if it is not TRL's, or is of a version that is not known here."""
         function: Any = getattr(forward, "__func__", None)
         code = getattr(function, "__code__", None)
         if (
@@ -63,7 +63,7 @@ class TRLHead:
         parameters = tuple(inspect.signature(function, follow_wrapped=False).parameters)
         fields = tuple(field.name for field in dataclasses.fields(output)) if dataclasses.is_dataclass(output) else ()
         if (parameters, code.co_freevars, fields) != (PARAMETERS, SETTINGS, FIELDS):
-            return "TRL's head is of a version that is not known here"
+            return None
         return cls(dict(zip(SETTINGS, (cell.cell_contents for cell in function.__closure__))), output)
 
 
@@ -72,7 +72,7 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         kwargs.pop("fused_lm_head", None)
         return lm_head_loss.forward(model, binding, *args, **kwargs)
     head = TRLHead.of(binding.stands_in_for)
-    if not isinstance(head, TRLHead) or torch.compiler.is_compiling():
+    if head is None or torch.compiler.is_compiling():
         return NotCovered()
     projection: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     reason = _not_covered(head, projection, binding.runtime, kwargs)
@@ -190,15 +190,12 @@ def _mean_logits(
 
 
 def refuse(site: Site, runtime: Runtime) -> str | None:
-    found = TRLHead.of(site.module.__dict__.get("forward"))
-    if not isinstance(found, TRLHead):
-        return found or "TRL has put no head on it"
     head: nn.Module = site.module.get_output_embeddings()  # type: ignore[operator]
     return head_reason(head, runtime)
 
 
 def stands_in(module: nn.Module) -> bool:
-    return isinstance(TRLHead.of(module.__dict__.get("forward")), TRLHead)
+    return TRLHead.of(module.__dict__.get("forward")) is not None
 
 
 IMPLEMENTATION = Implementation(
