@@ -195,7 +195,7 @@ def decide(model: nn.Module, runtime: Runtime, plugins: Manager) -> list[tuple[S
 def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
     if site.role in runtime.options.disable:
         return Choice(candidate, LEFT, "disabled by the options")
-    reason = None if candidate.takes_over(site.module) else replaced_forward(site.module)
+    reason = replaced_forward(site.module, candidate.takes_over(site.module))
     bound: Binding | None = site.module.__dict__.get(KEY)
     if reason is None and bound is not None and bound.implementation == candidate.name:
         reason = _taken_part(site)

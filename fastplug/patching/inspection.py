@@ -59,16 +59,17 @@ def _only_idle_recorders(hooks: object) -> bool:
     return not active or set(active) <= {"hidden_states", "_hidden_states_layers"}
 
 
-def replaced_forward(module: nn.Module) -> str | None:
+def replaced_forward(module: nn.Module, stood_in_for: bool = False) -> str | None:
     """Why a site's forward is not the one its family row describes.
 
-    Liger, Unsloth, TRL, accelerate or the user put another in its place.
+    Liger, Unsloth, TRL, accelerate or the user put another in its place. One on the instance is no reason where an
+    implementation stands in for it.
     """
     if getattr(module, "_hf_hook", None) is not None:
         return "accelerate's device hooks move its inputs or weights (it is dispatched over devices or offloaded)"
-    own = module.__dict__.get("forward")
+    own = None if stood_in_for else module.__dict__.get("forward")
     function = getattr(own, "__func__", own)
-    if own is not None and function is not type(module).forward and not _runs_ours(function):
+    if own is not None and function is not type(module).forward and not runs_ours(function):
         origin = getattr(function, "__globals__", {}).get("__name__")  # functools.wraps hides it in __module__
         return f"its forward was replaced on the instance by {origin or 'someone'}"
     kind = own_class(type(module))
@@ -79,7 +80,7 @@ def replaced_forward(module: nn.Module) -> str | None:
     return None
 
 
-def _runs_ours(function: object) -> bool:
+def runs_ours(function: object) -> bool:
     """Whether an instance's forward only wraps that of a patched class, as accelerate's autocast does.
 
     Then the fast path runs inside it whenever the module carries a binding. TRL's wrapper also names ours in

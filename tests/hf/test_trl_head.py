@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -185,6 +186,27 @@ def test_a_head_that_is_not_known_keeps_running(monkeypatch: pytest.MonkeyPatch)
     (refused,) = fastplug.apply(model).report.refused
     assert refused.reason == "its forward was replaced on the instance by trl.trainer.utils"
     assert model.get_base_model().__dict__["forward"] is own
+
+
+def test_a_head_around_somebody_elses_forward_keeps_running() -> None:
+    model = models.lora(models.plain())
+    base = model.get_base_model()
+    own = base.forward
+
+    def elsewhere(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    base.forward = types.MethodType(elsewhere, base)
+    utils.add_fused_lm_head(base)
+    (refused,) = fastplug.apply(model).report.refused
+    assert refused.reason == "its forward was replaced on the instance by trl.trainer.utils"
+
+
+def test_dispatched_over_devices() -> None:
+    model = with_head()
+    model.get_base_model()._hf_hook = object()
+    (refused,) = fastplug.apply(model).report.refused
+    assert "accelerate's device hooks" in str(refused.reason)
 
 
 def test_under_a_plan_and_on_a_quantized_base() -> None:

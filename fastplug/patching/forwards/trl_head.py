@@ -22,6 +22,7 @@ from fastplug.ops.logprobs import linear_logprobs
 from fastplug.patching.forwards import lm_head_loss
 from fastplug.patching.forwards.labels import Labels
 from fastplug.patching.forwards.lm_head_loss import FEW, head_reason, head_weight
+from fastplug.patching.inspection import runs_ours
 from fastplug.patching.projection import read
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 from fastplug.sharding import gathers_itself
@@ -195,7 +196,10 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
 
 
 def stands_in(module: nn.Module) -> bool:
-    return TRLHead.of(module.__dict__.get("forward")) is not None
+    """Whether TRL's head is on it, and around no other forward than its class's or ours."""
+    head = TRLHead.of(module.__dict__.get("forward"))
+    inner = None if head is None else getattr(head.settings["original_forward"], "__func__", None)
+    return inner is not None and (inner is type(module).forward or runs_ours(inner))
 
 
 IMPLEMENTATION = Implementation(
