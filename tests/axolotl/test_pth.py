@@ -173,10 +173,7 @@ def test_start_of_the_interpreter_imports_nothing_more(wheel: Environment, bare:
 
 
 def test_start_of_the_interpreter_costs_under_a_millisecond(wheel: Environment, bare: Environment) -> None:
-    """Processor time of `python -c pass`, with and without the file in turns; other load only ever adds to it.
-
-    A loaded or slow machine, where the interpreter itself needs longer than 10 ms, gets a tenth of that.
-    """
+    """Processor time of `python -c pass`, with and without the file in turns; other load only ever adds to it."""
     resource = pytest.importorskip("resource")
 
     def seconds(python: Path) -> float:
@@ -195,7 +192,7 @@ def test_start_of_the_interpreter_costs_under_a_millisecond(wheel: Environment, 
             without.append(seconds(bare.python))
             with_file.append(seconds(wheel.python))
         more, start = undisturbed(with_file) - undisturbed(without), undisturbed(without)
-        if more < max(1e-3, 0.1 * start):
+        if more < 1e-3 and more < 0.1 * start:
             return
     pytest.fail(f"{more * 1e3:.2f} ms more than {start * 1e3:.2f} ms")
 
