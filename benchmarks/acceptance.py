@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,39 +122,33 @@ def run(command: list[str], seconds: float, log: IO[str]) -> str:
     It is a process group of its own, all of which ends with it: benchmarks have workers that hold the GPU's memory.
     """
     print(f"\n$ {' '.join(command[1:])}", file=log, flush=True)
+    began = time.monotonic()
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         assert process.stdout is not None
-        ended = False
-
-        def end(*_: object) -> None:
-            nonlocal ended
-            ended = True
-            os.killpg(process.pid, signal.SIGKILL)
-
-        before = signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
         try:
             for text in process.stdout:
                 print(text, end="", flush=True)
                 print(text, end="", file=log, flush=True)
             code = process.wait()
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-    return "out of time" if ended else "ok" if code == 0 else f"failed ({code})"
+            late.cancel()
+    if code == -signal.SIGKILL and time.monotonic() - began >= seconds:
+        return "out of time"
+    return "ok" if code == 0 else f"failed ({code})"
 
 
 def main() -> int:
     a = arguments().parse_args()
-    chosen = [stage for stage in STAGES if a.stage is None or stage.name in a.stage]
     if a.list:
         for stage in STAGES:
             print(f"{stage.name} ({stage.seconds} s)", *(f"  {command}" for _, command in stage.commands), sep="\n")
         return 0
-    if a.stage is None:
-        chosen = chosen[[stage.name for stage in chosen].index(a.first) :]
+    first = [stage.name for stage in STAGES].index(a.first)
+    chosen = [stage for stage in STAGES[first:] if a.stage is None or stage.name in a.stage]
     a.out.mkdir(parents=True, exist_ok=True)
     deadline, summary, failed = time.monotonic() + 60 * a.minutes, [], False
     with (a.out / "log.txt").open("a") as log:

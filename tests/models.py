@@ -117,6 +117,13 @@ def batch(rows: int = 2, length: int = 13, seed: int = 3, ignored: float = 0.2) 
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
+def prompted(rows: int = 3, length: int = 20, prompt: int = 12) -> dict[str, torch.Tensor]:
+    """A batch whose rows begin with a prompt, which has no labels."""
+    made = batch(rows, length, ignored=0.0)
+    made["labels"][:, :prompt] = -100
+    return made
+
+
 def padded(side: str, rows: int = 3, length: int = 17, seed: int = 4) -> dict[str, torch.Tensor]:
     """A batch whose rows have different lengths, padded on one side; padding has no labels."""
     made = batch(rows, length, seed)

@@ -16,7 +16,7 @@ from fastplug.memory.offload import Offloader, address
 from fastplug.memory.policy import MLPMemory, Policy
 from fastplug.ops.lazy import LazyTensor
 from fastplug.ops.recompute import checkpointing, recomputing
-from fastplug.patching.caches import given as given_cache
+from fastplug.patching import caches
 from fastplug.patching.sites import NotCovered
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def effective(policy: Policy, layer: nn.Module, binding: Binding, kwargs: dict[s
         if policy.keeps_gate_up or has_gated_mlp(layer, binding):
             return policy, None
         return (Policy.OFFLOAD_KEEP if policy.offloads else Policy.KEEP), "its MLP is not a gated one"
-    cache = given_cache(kwargs)
+    cache = caches.given(kwargs)
     if cache is not None and type(cache).__name__ != "StepCache":
         return Policy.KEEP, "a key/value cache is filled, which a second pass would do again (pass use_cache=False)"
     if policy.keeps_attention:

@@ -25,8 +25,8 @@ from fastplug.memory.planner import Planner
 from fastplug.memory.policy import Policy
 from fastplug.memory.takeover import pass_on, permitted, switched_by
 from fastplug.ops.recompute import checkpointing
+from fastplug.patching import caches
 from fastplug.patching.bind import bind, parameter_names
-from fastplug.patching.caches import NAMES as CACHES
 from fastplug.patching.report import PATCHED, Report
 from fastplug.patching.sites import KEY, Binding, Choice, FastForward, NotCovered, Site
 
@@ -132,7 +132,7 @@ def _prevented(layer: nn.Module, state: State, kwargs: dict[str, Any]) -> str | 
         return FROM_OUTSIDE
     if checkpointing() != "nothing":
         return "hooks of the host (torch.autograd.graph.saved_tensors_hooks) take what layers keep"
-    for name in CACHES:
+    for name in caches.NAMES:
         if kwargs.get(name) is not None and type(kwargs[name]).__name__ != "StepCache":
             if not _permission(layer, state):
                 return (

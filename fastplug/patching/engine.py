@@ -108,9 +108,7 @@ def apply(model: nn.Module, options: Options | Mapping[str, Any] | None = None, 
                     result,
                     parameter_names(type(site.module)),
                 )
-                unbind(
-                    site.module
-                )  # what somebody else has put there since is another implementation's to stand in for
+                unbind(site.module)  # of an implementation that did not have to stand in for anybody yet
                 bind(site.module, binding, choice.implementation.forward, choice.implementation.takes_over(site.module))
                 bound.append(site.module)
         if options.memory is not None:
@@ -212,10 +210,9 @@ def _answer(site: Site, runtime: Runtime, candidate: Implementation) -> Choice:
 
 
 def _bound(site: Site, choice: Choice) -> bool:
-    """Whether nothing is left to do: the site is patched, and not for what another implementation has to serve now."""
-    binding: Binding | None = site.module.__dict__.get(KEY)
-    other = choice.status == PATCHED and choice.implementation.takes_over(site.module)
-    return binding is not None and not other
+    """Whether the site is patched, and nobody has put a forward on it since that the choice stands in for."""
+    taken_over = choice.status == PATCHED and choice.implementation.takes_over(site.module)
+    return KEY in site.module.__dict__ and not taken_over
 
 
 def _taken_part(site: Site) -> str | None:

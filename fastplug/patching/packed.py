@@ -33,7 +33,7 @@ from torch import nn
 
 from fastplug.manager import hookimpl
 from fastplug.ops.document_attention import DocumentMask, Documents
-from fastplug.patching.caches import given as given_cache
+from fastplug.patching import caches
 from fastplug.patching.sites import KEY
 
 logger = logging.getLogger("fastplug")
@@ -47,7 +47,7 @@ class DocumentsApart:
 
     def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.get(CU_SEQLENS)
-        if len(args) > 1 or kwargs.get("attention_mask") is not None or given_cache(kwargs) is not None:
+        if len(args) > 1 or kwargs.get("attention_mask") is not None or caches.given(kwargs) is not None:
             return None
         config: Any = backbone.config
         cached = kwargs.get("use_cache")

@@ -14,14 +14,7 @@ from tests import models
 from tests.engine.step import assert_equal, fallbacks, patched, step
 from tests.families import cases
 
-LENGTH, PROMPT = 20, 12
-
-
-def prompted(rows: int = 3) -> dict[str, torch.Tensor]:
-    """A batch with labels on its last :data:`LENGTH` - :data:`PROMPT` tokens."""
-    batch = models.batch(rows, LENGTH, ignored=0.0)
-    batch["labels"][:, :PROMPT] = -100
-    return batch
+LABELS = 3 * (20 - 12)  # of models.prompted()
 
 
 @pytest.fixture
@@ -46,9 +39,9 @@ def test_same_step_from_the_rows_that_count(name: str, full: bool, counted: list
         model.requires_grad_(False)
         model = models.lora(model)
     twin = cases.fused(name, model)
-    batch = prompted()
+    batch = models.prompted()
     assert_equal(step(twin, batch), step(model, batch), 2e-5)
-    assert counted == [3 * (LENGTH - PROMPT)]
+    assert counted == [LABELS]
     items = {"num_items_in_batch": torch.tensor(40)}
     assert_equal(step(twin, batch, logits=False, **items), step(model, batch, logits=False, **items), 2e-5)
 
@@ -75,18 +68,18 @@ def test_nothing_counts(counted: list[int | None]) -> None:
 @pytest.mark.parametrize("memory", ["full", "keep"])
 def test_under_a_plan_and_checkpointed(memory: str, counted: list[int | None]) -> None:
     model = models.qlora()
-    batch = prompted()
+    batch = models.prompted()
     expected = step(model, batch, logits=False)
     twin = patched(model, memory=memory)
     assert_equal(step(twin, batch, logits=False), expected, 2e-5)
-    assert counted == [3 * (LENGTH - PROMPT)]
+    assert counted == [LABELS]
     assert not fallbacks(twin), fallbacks(twin)
 
 
 def test_adapters_and_a_trained_copy_of_the_head() -> None:
     for options in ({"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}):
         model = models.lora(models.plain(), **options)
-        batch = prompted()
+        batch = models.prompted()
         assert_equal(step(patched(model), batch, logits=False), step(model, batch, logits=False), 2e-5)
 
 
@@ -105,9 +98,9 @@ def test_shifted_labels_are_taken_as_they_are() -> None:
 
 def test_evaluation_without_gradients(counted: list[int | None]) -> None:
     model = models.qlora().eval()
-    batch = prompted()
+    batch = models.prompted()
     with torch.no_grad():
         expected = model(**batch).loss
         fastplug.apply(model)
         torch.testing.assert_close(model(**batch).loss, expected)
-    assert counted == [3 * (LENGTH - PROMPT)]
+    assert counted == [LABELS]

@@ -69,12 +69,6 @@ def assert_same(ours: tuple[Any, dict[str, torch.Tensor]], theirs: tuple[Any, di
         assert relative(gradients[name], gradient) < 2e-5, name
 
 
-def prompted(length: int = 21) -> dict[str, torch.Tensor]:
-    batch = models.batch(3, length, ignored=0.0)
-    batch["labels"][:, : length // 2] = -100
-    return batch
-
-
 @pytest.mark.parametrize("outputs", OUTPUTS.values(), ids=OUTPUTS)
 @pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize("adapted", [True, False], ids=["lora", "full"])
@@ -83,7 +77,7 @@ def test_same_outputs_and_gradients(outputs: tuple[str, ...], prompts: bool, ada
     report = fastplug.apply(ours).report
     assert [d.implementation for d in report.patched if d.role == "lm_head_loss"] == [NAME]
     assert not report.refused
-    batch = prompted() if prompts else models.batch(3, 40, ignored=0.0)
+    batch = models.prompted() if prompts else models.batch(3, 40, ignored=0.0)
     assert_same(run(ours, batch), run(theirs, batch))
     if "entropy" in outputs:
         assert_same(run(ours, batch, True), run(theirs, batch, True))
@@ -93,7 +87,7 @@ def test_same_outputs_and_gradients(outputs: tuple[str, ...], prompts: bool, ada
 def test_shifted_labels_items_and_a_softcap() -> None:
     ours, theirs = pair(capped=True, outputs=OUTPUTS["SFT"])
     fastplug.apply(ours)
-    batch = prompted()
+    batch = models.prompted()
     labels = batch.pop("labels")
     batch["shift_labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     assert_same(run(ours, batch), run(theirs, batch))
@@ -106,9 +100,9 @@ def test_without_gradients_and_without_a_label() -> None:
     ours, theirs = pair(outputs=OUTPUTS["SFT"])
     fastplug.apply(ours)
     with torch.no_grad():
-        mine, other = (part.eval()(**prompted(), fused_lm_head=True) for part in (ours, theirs))
+        mine, other = (part.eval()(**models.prompted(), fused_lm_head=True) for part in (ours, theirs))
     assert_same((mine, {}), (other, {}))
-    batch = prompted()
+    batch = models.prompted()
     batch["labels"].fill_(-100)
     found, gradients = run(ours.train(), batch)
     assert float(found.loss.detach()) == 0.0
@@ -119,7 +113,7 @@ def test_without_gradients_and_without_a_label() -> None:
 def test_calls_without_it_are_ordinary_ones() -> None:
     ours, theirs = pair()
     fastplug.apply(ours)
-    batch = prompted()
+    batch = models.prompted()
     mine, other = (part(**batch) for part in (ours, theirs))
     torch.testing.assert_close(mine.loss, other.loss)
     tokens = batch["input_ids"][:, :5]
@@ -139,7 +133,7 @@ def test_undo_gives_trls_forward_back(first: str) -> None:
     report = fastplug.apply(model).report
     assert [d.implementation for d in report.decisions if d.role == "lm_head_loss"] == [NAME]
     assert "forward" not in base.__dict__
-    batch = prompted()
+    batch = models.prompted()
     served = run(model, batch)
     logits = model(input_ids=batch["input_ids"]).logits
     fastplug.undo(model)
@@ -152,7 +146,7 @@ def test_undo_gives_trls_forward_back(first: str) -> None:
 def test_a_copy_runs_on_its_own() -> None:
     model = with_head(outputs=OUTPUTS["SFT"])
     fastplug.apply(model)
-    batch = prompted()
+    batch = models.prompted()
     expected = run(model, batch)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -174,7 +168,7 @@ def test_a_copy_runs_on_its_own() -> None:
 def test_what_is_not_served_is_left_to_trl(options: dict[str, Any], reason: str) -> None:
     ours, theirs = pair(**options)
     fastplug.apply(ours)
-    batch = prompted()
+    batch = models.prompted()
     assert_same(run(ours, batch), run(theirs, batch))
     assert fallbacks(ours) == {reason}
 
@@ -215,6 +209,6 @@ def test_under_a_plan_and_on_a_quantized_base() -> None:
     for part in (model, twin):
         utils.add_fused_lm_head(part.get_base_model(), outputs=OUTPUTS["GRPO"])
     fastplug.apply(model, memory="full")
-    batch = prompted()
+    batch = models.prompted()
     assert_same(run(model, batch), run(twin, batch))
     assert not fallbacks(model), fallbacks(model)

@@ -94,6 +94,7 @@ def linear_cross_entropy(
     check_targets(targets, weight.shape[0], ignore_index)
     targets = targets.contiguous()
     items = 1.0 if reduction == "sum" else _items(targets, num_items, ignore_index)
+    targets = targets if counted is None else targets.index_select(0, counted)
     dtype = chunked.compute_dtype(hidden, weight)
     needs = wanted_gradients(hidden, weight, bias)
     if any(needs):
@@ -103,7 +104,6 @@ def linear_cross_entropy(
     else:
         rows, _ = chunked.forward(hidden, weight, bias, targets, settings, dtype, counted=counted)
         scalar, argmax, row_entropy = loss(rows.logprob, items), rows.argmax, rows.entropy
-    targets = targets if counted is None else targets.index_select(0, counted)
     return CrossEntropy(scalar, argmax, argmax == targets, row_entropy)
 
 

@@ -251,6 +251,7 @@ def forward(
     counted: Tensor | None = None,
 ) -> tuple[Rows, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The rows' results, and the gradients of ``-Σ logprob`` that ``needs`` names; of the rows ``counted``, or of all.
+    ``targets`` are theirs.
 
     That of ``hidden`` is in ``dtype``, row by row, so that any upstream gradient of the log-probabilities can be
     multiplied in later; the other two suit an upstream that is the same for all rows.
@@ -259,7 +260,6 @@ def forward(
     run = ops.token_logprobs_and_gradient if any(needs) else ops.token_logprobs
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, dtype, settings.chunk_size, counted)
-        targets = targets if counted is None else targets.index_select(0, counted)
         found = Rows.empty(head.rows, head.buffer, settings.entropy)
         gradients = Gradients(head, needs)
         for rows, part, logits in head.logits():

@@ -21,7 +21,7 @@ from fastplug.ops.lora.attention_input import AttentionInput, Norm, attention_in
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.linear import lora_linear
 from fastplug.ops.rope.autograd import rope
-from fastplug.patching.caches import NEW, take, unknown
+from fastplug.patching import caches
 from fastplug.patching.forwards.blocks import interception, read_group, read_projections
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
@@ -63,7 +63,7 @@ def plan(
         return "the position embeddings are of several axes"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
-    odd = unknown(kwargs)
+    odd = caches.unknown(kwargs)
     if odd is not None:
         return f"a cache is given as {odd!r}, a name that is not known here"
     qkv = read_group(attention, family.qkv, x, runtime)
@@ -196,8 +196,8 @@ def attend(
     rest = dict(kwargs)
     mask = rest.pop("attention_mask", None)
     rest.pop("position_embeddings", None)
-    newly = NEW in rest
-    cache = take(rest)
+    newly = caches.NEW in rest
+    cache = caches.take(rest)
     has_position = "cache_position" in rest
     position = rest.pop("cache_position", None)
     for name, source in family.attention_arguments.items():

@@ -27,6 +27,7 @@ class Labels:
 
     Attributes:
         flat: [B·S], of each row of the hidden states the token that follows it.
+        mask: [B·S] bool, which rows have a label.
         ignore_index: Of rows without a label.
         num_items: What the sum of the losses is divided by; their number if None.
     """
@@ -38,18 +39,18 @@ class Labels:
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=self.ignore_index)[..., 1:]
         self.flat: torch.Tensor = shifted.reshape(-1)
-        self._number = _number_of(self.flat != self.ignore_index) if _countable(self.flat) else None
+        self.mask = self.flat != self.ignore_index
+        self._number = _number_of(self.mask) if _countable(self.flat) else None
 
     def counted(self, device: torch.device) -> torch.Tensor | None:
         """[R] int64 on ``device``, rising: the rows that have a label. None for all, or where they cannot be told."""
         if self._number is None:
             return None
-        number, total = self._number(), self.flat.numel()
+        number, total = self._number(), self.mask.numel()
         if number > SHARE * total:
             return None
-        mask = self.flat != self.ignore_index
-        places = torch.where(mask, mask.cumsum(0) - 1, number)  # rows without a label are written behind the others
-        rows = torch.arange(total, device=mask.device)
+        places = torch.where(self.mask, self.mask.cumsum(0) - 1, number)  # those without a label behind the others
+        rows = torch.arange(total, device=self.mask.device)
         return rows.new_empty(number + 1).scatter_(0, places, rows)[:number].to(device, non_blocking=True)
 
 

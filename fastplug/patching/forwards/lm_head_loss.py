@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from fastplug.families import Family
 from fastplug.memory.oom import with_room
 from fastplug.ops.linear_cross_entropy import linear_cross_entropy
-from fastplug.patching.caches import given as given_cache
-from fastplug.patching.caches import name_in
+from fastplug.patching import caches
 from fastplug.patching.forwards.labels import Labels
 from fastplug.patching.forwards.lazy_logits import LazyLogits
 from fastplug.patching.forwards.step_cache import step_cache
@@ -56,7 +55,7 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     softcap, scale = family.logit_softcap(config), family.logit_scale(config)
     loss = fused_loss(head, binding.runtime, hidden, wanted, softcap, scale)
     output_class = sys.modules[family.module].CausalLMOutputWithPast
-    cache = name_in(type(backbone).forward)
+    cache = caches.name_in(type(backbone).forward)
     return output_class(
         loss=loss,
         logits=_lazy(head, hidden, binding.runtime, softcap, scale),
@@ -97,10 +96,7 @@ def fused_loss(
     counted = labels.counted(hidden.device)
 
     def loss_of(hidden: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-        parts = head_weight(head, hidden, runtime)
-        if isinstance(parts, str):
-            raise RuntimeError(f"fastplug: {parts}, which was not to be seen before; disable='lm_head_loss' leaves it")
-        features, weight, bias = parts
+        features, weight, bias = head_weight(head, hidden, runtime)
         return linear_cross_entropy(
             features.reshape(-1, features.shape[-1]),
             weight,
@@ -134,11 +130,11 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any], planned: bool) -> b
         return False
     kwargs["use_cache"] = False
     backbone = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
-    if not no_mask or given_cache(kwargs) is not None:
+    if not no_mask or caches.given(kwargs) is not None:
         return False
     if getattr(backbone, "gradient_checkpointing", False) and not planned:  # it takes caches away from its layers
         return False
-    kwargs[name_in(type(backbone).forward)] = step_cache()
+    kwargs[caches.name_in(type(backbone).forward)] = step_cache()
     return True
 
 
@@ -189,14 +185,19 @@ def _gathered(head: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], 
 
 def head_weight(
     head: nn.Module, hidden: torch.Tensor, runtime: Runtime
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | str:
-    """(features, weight, bias) such that features @ weightᵀ + bias are the head's logits, or why there are none.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(features, weight, bias) such that features @ weightᵀ + bias are the head's logits.
 
     An adapter on the head makes the features [hidden, s · dropout(hidden) Aᵀ] and the weight [W, B] wider by its rank.
+
+    Raises:
+        RuntimeError: If it cannot be read, though it could before the layers ran.
     """
     projection = read(head, runtime, inside=gathers_itself(head))
     if isinstance(projection, str):
-        return f"the head {projection}"
+        raise RuntimeError(
+            f"fastplug: the head {projection}, which was not to be seen before; disable='lm_head_loss' leaves it"
+        )
     if projection.trained is not None:
         weight: torch.Tensor = projection.trained
     else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,62 +41,53 @@ FIELDS = ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is
 SERVED = {"log_probs", "entropy", "mean_logits", "is_top1"}
 
 
-@dataclass(frozen=True)
-class TRLHead:
-    """What TRL's forward was made with, and the class of what it returns."""
+def is_known(forward: object) -> bool:
+    """Whether it is TRL's, of a version that is as described here."""
+    function: Any = getattr(forward, "__func__", None)
+    code = getattr(function, "__code__", None)
+    if code is None or (code.co_name, function.__globals__.get("__name__")) != ("_fused_forward", "trl.trainer.utils"):
+        return False
+    output = function.__globals__.get("FusedCausalLMOutput")
+    parameters = tuple(inspect.signature(function, follow_wrapped=False).parameters)
+    fields = tuple(field.name for field in dataclasses.fields(output)) if dataclasses.is_dataclass(output) else ()
+    return (parameters, code.co_freevars, fields) == (PARAMETERS, SETTINGS, FIELDS)
 
-    settings: dict[str, Any]
-    output: type[Any]
 
-    @classmethod
-    def of(cls, forward: object) -> TRLHead | None:
-        """Of a forward; None if it is not TRL's, or is of a version that is not known here."""
-        function: Any = getattr(forward, "__func__", None)
-        code = getattr(function, "__code__", None)
-        if (
-            code is None
-            or code.co_name != "_fused_forward"
-            or function.__globals__.get("__name__") != "trl.trainer.utils"
-        ):
-            return None
-        output = function.__globals__.get("FusedCausalLMOutput")
-        parameters = tuple(inspect.signature(function, follow_wrapped=False).parameters)
-        fields = tuple(field.name for field in dataclasses.fields(output)) if dataclasses.is_dataclass(output) else ()
-        if (parameters, code.co_freevars, fields) != (PARAMETERS, SETTINGS, FIELDS):
-            return None
-        return cls(dict(zip(SETTINGS, (cell.cell_contents for cell in function.__closure__))), output)
+def settings_of(forward: Any) -> dict[str, Any]:
+    """What a known forward was made with, by the names of its free variables."""
+    return dict(zip(SETTINGS, (cell.cell_contents for cell in forward.__func__.__closure__)))
 
 
 def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
-    if not kwargs.get("fused_lm_head"):
-        kwargs.pop("fused_lm_head", None)
+    if not kwargs.pop("fused_lm_head", False):
         return lm_head_loss.forward(model, binding, *args, **kwargs)
-    head = TRLHead.of(binding.stands_in_for)
-    if head is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return NotCovered()
+    settings = settings_of(binding.stands_in_for)
     projection: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    reason = _not_covered(head, projection, binding.runtime, kwargs)
+    reason = _not_covered(settings, projection, binding.runtime, kwargs)
     if reason is not None:
         return NotCovered(reason)
-    given = {name: kwargs.pop(name, None) for name in PARAMETERS[2:-1]}
-    if given["num_items_in_batch"] is None:
-        del given["num_items_in_batch"]
-    labels, shifted = given["labels"], given["shift_labels"]
-    wanted = Labels(labels, given)
-    hidden = getattr(model, head.settings["backbone_attr"])(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-    shape = hidden.shape[:2] if shifted is not None else (hidden.shape[0], hidden.shape[1] - 1)
-    found = _scores(head, projection, binding.runtime, hidden, wanted)
+    labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    items = kwargs.pop("num_items_in_batch", None)
+    wanted = Labels(labels, {"shift_labels": shifted})
+    hidden = getattr(model, settings["backbone_attr"])(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+    found = _scores(settings, projection, binding.runtime, hidden, wanted)
     # The last token of a row predicts none: it has no place in what TRL returns.
-    each = {name: value.view(hidden.shape[:2])[:, : shape[1]] for name, value in found.items()}
-    items = each["label_mask"].sum().clamp(min=1) if wanted.num_items is None else wanted.num_items
-    return head.output(loss=-each["log_probs"].sum() / items, **each)
+    length = hidden.shape[1] - (shifted is None)
+    each = {name: value.view(hidden.shape[:2])[:, :length] for name, value in found.items()}
+    items = each["label_mask"].sum().clamp(min=1) if items is None else items
+    output = binding.stands_in_for.__func__.__globals__["FusedCausalLMOutput"]
+    return output(loss=-each["log_probs"].sum() / items, **each)
 
 
-def _not_covered(head: TRLHead, projection: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> str | None:
+def _not_covered(
+    settings: dict[str, Any], projection: nn.Module, runtime: Runtime, kwargs: dict[str, Any]
+) -> str | None:
     """Why a call is left to TRL's own forward."""
-    settings = head.settings
-    if set(settings["outputs"]) - SERVED:
-        return f"TRL wants {', '.join(sorted(set(settings['outputs']) - SERVED))} of its head"
+    more = set(settings["outputs"]) - SERVED
+    if more:
+        return f"TRL wants {', '.join(sorted(more))} of its head"
     if "mean_logits" in settings["outputs"] and settings["final_logit_softcapping"] is not None:
         return "TRL wants the mean of logits with a softcap of its head"
     if settings["cast_lm_head_to_fp32"]:
@@ -114,31 +104,16 @@ def _not_covered(head: TRLHead, projection: nn.Module, runtime: Runtime, kwargs:
     return "the head has an adapter" if found.a is not None else None
 
 
-class _Picked(torch.autograd.Function):
-    """Rows of [T, H] by their distinct numbers; the gradient of the others is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape = hidden.shape
-        return hidden.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, gradient), None
-
-
 def _scores(
-    head: TRLHead, projection: nn.Module, runtime: Runtime, hidden: torch.Tensor, labels: Labels
+    settings: dict[str, Any], projection: nn.Module, runtime: Runtime, hidden: torch.Tensor, labels: Labels
 ) -> dict[str, torch.Tensor]:
     """What TRL returns of each token, [B·S], zero where there is no label, and which have one."""
-    settings = head.settings
     counted = labels.counted(hidden.device)
-    features, weight, bias = _parts(projection, hidden, runtime)
-    flat, targets = features.reshape(-1, features.shape[-1]), labels.flat.to(features.device)
-    mask = targets != labels.ignore_index
-    rows, answers = (flat, targets) if counted is None else (_Picked.apply(flat, counted), targets[counted])
+    features, weight, bias = head_weight(projection, hidden, runtime)
+    rows, answers = features.reshape(-1, features.shape[-1]), labels.flat.to(features.device)
+    mask = labels.mask.to(features.device)
+    if counted is not None:
+        rows, answers = rows.index_select(0, counted), answers.index_select(0, counted)
 
     def score(chunk: int | None = None) -> Any:
         return linear_logprobs(
@@ -170,15 +145,6 @@ def _scores(
     return {"label_mask": mask, **{name: everywhere(each) for name, each in values.items() if each is not None}}
 
 
-def _parts(
-    projection: nn.Module, hidden: torch.Tensor, runtime: Runtime
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    parts = head_weight(projection, hidden, runtime)
-    if isinstance(parts, str):
-        raise RuntimeError(f"fastplug: {parts}, which was not to be seen before; disable='lm_head_loss' leaves it")
-    return parts
-
-
 @torch.no_grad()
 def _mean_logits(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: dict[str, Any]
@@ -197,8 +163,10 @@ def refuse(site: Site, runtime: Runtime) -> str | None:
 
 def stands_in(module: nn.Module) -> bool:
     """Whether TRL's head is on it, and around no other forward than its class's or ours."""
-    head = TRLHead.of(module.__dict__.get("forward"))
-    inner = None if head is None else getattr(head.settings["original_forward"], "__func__", None)
+    own = module.__dict__.get("forward")
+    if not is_known(own):
+        return False
+    inner = getattr(settings_of(own)["original_forward"], "__func__", None)
     return inner is not None and (inner is type(module).forward or runs_ours(inner))
 
 
