@@ -25,7 +25,6 @@ from typing import IO
 from benchmarks.hardware import ROOT
 
 ORACLE = "benchmarks/results/2026-11-21-h100-llama-3.1-8b-final.json"
-TRIAL = "fastplug+trial=adapted_glu"
 FP8 = "fastplug+compute=fp8"
 FP8_BACKWARD = "fastplug+compute=fp8_backward"
 OTHERS = "benchmarks.step --systems hf,unsloth,fastplug --row qlora:4x2048 --row qlora:2x512"
@@ -47,11 +46,6 @@ STAGES = (
     Stage("kernels", (
         (150, "pytest -q tests/ops/test_adapted_glu.py tests/ops/test_fp8_share.py "
               "tests/ops/test_linear_cross_entropy.py"),
-    )),
-    Stage("trials", (
-        (180, f"benchmarks.step --layers 8 --systems hf,fastplug,{TRIAL},{FP8_BACKWARD},"
-              f"{FP8_BACKWARD}+trial=adapted_glu,fastplug+base_weights=kept "
-              "--row qlora:4x2048 --row qlora:4x2048:checkpointed"),
     )),
     Stage("ops", (
         (90, "benchmarks.ops --only adapted_glu --only formats --only quantize_4bit"),

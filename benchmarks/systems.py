@@ -17,7 +17,6 @@ from benchmarks.weights import build, quantize
 SYSTEMS = ("hf", "liger", "axolotl", "unsloth", "fastplug")
 FROM_FOLDER = ("unsloth", "unsloth-offload", "unsloth-tiled")  # cannot be handed a model that exists
 BASES = (*SYSTEMS, "hf-prepared", *FROM_FOLDER[1:])
-TRIALS = {"adapted_glu": "fastplug.ops.adapted_glu.kernel"}  # what is not used before it has been measured
 ALIASES = {"fastplug-graphs-off": "fastplug+graphs=off", "fastplug-graphs-on": "fastplug+graphs=on"}
 
 
@@ -33,8 +32,7 @@ class System:
     def parse(cls, text: str) -> System:
         """``hf``, ``hf-prepared``, ``liger``, ``axolotl``, ``unsloth``, ``unsloth-offload``, ``unsloth-tiled`` (which
         offloads too, and has its MLPs in tiles), or ``fastplug`` with any of its options:
-        ``fastplug+graphs=off+attention=host`` (``fastplug-graphs-off`` for short). ``fastplug+trial=adapted_glu`` turns
-        on what fastplug has but does not use yet.
+        ``fastplug+graphs=off+attention=host`` (``fastplug-graphs-off`` for short).
 
         Raises:
             ValueError: For an unknown system, or options of one that takes none.
@@ -49,8 +47,6 @@ class System:
                 values[key] = json.loads(value)
             except json.JSONDecodeError:
                 values[key] = value
-        if values.get("trial") not in (None, *TRIALS):
-            raise ValueError(f"{text!r}: {values['trial']!r} is not on trial, but {', '.join(TRIALS)}")
         return cls(text, base, values)
 
     def refuses(self, row: Row) -> str | None:
@@ -93,11 +89,7 @@ def load(system: System, shape: str, layers: int | None, row: Row, path: str) ->
     if system.base == "fastplug":
         import fastplug
 
-        options = dict(system.options)
-        trial = options.pop("trial", None)
-        if trial is not None:
-            importlib.import_module(TRIALS[trial]).USED = True  # type: ignore[attr-defined]
-        applied = fastplug.apply(model, strict=True, **options)
+        applied = fastplug.apply(model, strict=True, **system.options)
         print(applied.report, file=sys.stderr, flush=True)
     return model
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastplug.graphs.recorder import Recorder
-from fastplug.ops.recompute import Countdown
+from fastplug.ops.recompute import Countdown, Handover
 
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]  # x, cos, sin, mask
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -190,7 +190,8 @@ class KeptGraph(LayerGraph):
 
 
 class CheckpointedGraph(LayerGraph):
-    """Nothing stays: the backward graph begins with the layer's forward, without its last product.
+    """Nothing stays but what the first pass hands over: the backward graph begins with the layer's forward, without its
+    last product.
 
     All layers share the buffers, and through the recorder's pool all activations.
     """
@@ -198,8 +199,8 @@ class CheckpointedGraph(LayerGraph):
     def record(self, recorder: Recorder) -> None:
         aliases, buffers = self._aliases(), self.buffers
         x = buffers.x.detach().requires_grad_(self.needs_dx)
-        saved = Countdown()
-        with saved:  # how many tensors the layer saves, to know the last one when recording
+        saved, handover = Countdown(), Handover()
+        with saved, handover.first():  # how many tensors the layer saves, to know the last one when recording
             out = self._compute(x, aliases)
         if buffers.g is None or buffers.out is None or buffers.dx is None:
             buffers.g, buffers.out, buffers.dx = (torch.zeros_like(tensor) for tensor in (out, out, buffers.x))
@@ -207,31 +208,35 @@ class CheckpointedGraph(LayerGraph):
         del out
 
         def forward() -> list[torch.Tensor]:
-            with torch.no_grad():
-                return [shared_out.copy_(self._compute(x, aliases))]
+            with torch.no_grad(), handover.first():
+                shared_out.copy_(self._compute(x, aliases))
+            return list(handover.tensors)
 
         def backward() -> list[torch.Tensor]:
-            with Countdown(saved.count):
+            handover.tensors[:] = self._handed
+            with Countdown(saved.count), handover.second():
                 out = self._compute(x, aliases)
             found = list(torch.autograd.grad(out, self._wanted(x, aliases), buffers.g, allow_unused=True))
             if self.needs_dx and found[0] is not None:
                 found[0] = shared_dx.copy_(found[0])
             return self._keep(found)
 
-        _, self._forward = recorder.record(forward)
+        self._handed, self._forward = recorder.record(forward)
         grads, self._backward = recorder.record(backward)
         self._sort(grads)
 
-    def forward(self, given: Given) -> torch.Tensor:
-        """The layer's output for x [batch, S, hidden] with S <= length."""
+    def forward(self, given: Given) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The layer's output for x [batch, S, hidden] with S <= length, and what its backward wants to have back."""
         self.buffers.set(given)
         self._forward()
         assert self.buffers.out is not None
-        return self.buffers.out[:, : given[0].shape[1]].clone()
+        return self.buffers.out[:, : given[0].shape[1]].clone(), [tensor.clone() for tensor in self._handed]
 
-    def backward(self, given: Given, g: torch.Tensor) -> Gradients:
-        """Gradients of x and of the parameters, for the inputs of some forward."""
+    def backward(self, given: Given, handed: list[torch.Tensor], g: torch.Tensor) -> Gradients:
+        """Gradients of x and of the parameters, for the inputs of some forward and what it handed over."""
         self.buffers.set(given)
         self.buffers.set_gradient(g)
+        if handed:
+            torch._foreach_copy_(self._handed, handed)
         self._backward()
         return self._copies(g.shape[1])

@@ -50,12 +50,15 @@ class Checkpointed(torch.autograd.Function):
         ctx: Any, graph: CheckpointedGraph, pointers_hold: Callable[[], bool], given: Given, *tensors: torch.Tensor
     ) -> torch.Tensor:
         ctx.graph, ctx.given, ctx.pointers_hold = graph, given, pointers_hold
-        return graph.forward(given)
+        out, ctx.handed = graph.forward(given)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
         graph: CheckpointedGraph = ctx.graph
-        run = graph.backward if ctx.pointers_hold() else graph.eagerly
-        dx, grads = run(ctx.given, g)
+        if ctx.pointers_hold():
+            dx, grads = graph.backward(ctx.given, ctx.handed, g)
+        else:
+            dx, grads = graph.eagerly(ctx.given, g)
         return None, None, None, dx, *grads

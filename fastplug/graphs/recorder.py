@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+
+
+class Memory(NamedTuple):
+    """Bytes in tensors, in the allocator's hands altogether, and free: on the device and in its hands."""
+
+    allocated: int
+    reserved: int
+    free: int
+
 
 Record = tuple[list[torch.Tensor], Callable[[], None]]
 
@@ -22,8 +31,11 @@ class Recorder(Protocol):
     def ready(self) -> AbstractContextManager[None]:
         """Where everything that belongs to a recording runs."""
 
-    def memory(self) -> tuple[int, int]:
-        """(bytes allocated, bytes free)."""
+    def memory(self) -> Memory:
+        """What is taken and what is free now."""
+
+    def trim(self) -> None:
+        """Give back what warming up has left in the allocator's cache, on the recorder's stream."""
 
 
 class CUDARecorder:
@@ -54,10 +66,12 @@ class CUDARecorder:
             yield
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def memory(self) -> tuple[int, int]:
-        allocated = torch.cuda.memory_allocated(self.device)
-        unused = torch.cuda.memory_reserved(self.device) - allocated
-        return allocated, torch.cuda.mem_get_info(self.device)[0] + unused
+    def memory(self) -> Memory:
+        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        return Memory(allocated, reserved, torch.cuda.mem_get_info(self.device)[0] + reserved - allocated)
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

@@ -14,7 +14,7 @@ from torch import nn
 from fastplug.graphs.fingerprint import Fingerprint
 from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, KeptGraph, LayerGraph
 from fastplug.graphs.nodes import Checkpointed, Kept
-from fastplug.graphs.recorder import Recorder, recorder_for
+from fastplug.graphs.recorder import Memory, Recorder, recorder_for
 from fastplug.ops.document_attention import DocumentMask
 from fastplug.ops.recompute import Countdown, checkpointing
 from fastplug.patching import caches
@@ -25,14 +25,17 @@ logger = logging.getLogger("fastplug")
 
 EAGER_CALLS = 2  # calls of a shape before it is recorded: what does not come again is not worth it
 LENGTHS = 4  # recorded sequence lengths of a layer
+TILE = 64  # positions: recorded lengths are multiples of it
 CHANGES = 8  # after so many changes between calls a layer is not static
 SHARE = 0.25  # of the memory that is free when recording begins
 # Where the matrix products of a layer alone take longer than Python needs to launch it, a graph gains nothing: 6 ms, at
 # the 400 TFLOP/s that an H100 reaches in bf16. Slower GPUs hide the launches sooner.
 FLOPS = 400e12 * 6e-3
-# In FP8 products take half the time, and what quantizes adds launches; computing again what was not kept adds as many
-# as the forward has. Keeping is another matter: the recordings of long steps would hold all activations for good.
-FP8_AGAIN = 4
+# Under gradient checkpointing there are half as many launches again, and a host that is slow for a while lets the GPU
+# wait: at 4 x 2048 tokens an H200 had steps of 600 to 660 ms, of which it was busy for 582. Nor is memory the price
+# there, since layers share all that they do not keep. The recordings of long steps that keep would hold all activations
+# for good.
+AGAIN = 4
 INPUTS = {"hidden_states", "position_embeddings", "attention_mask", "mlp_memory"}
 HARMLESS = {"position_ids", "cache_position", "use_cache"}  # not read without a cache, under a mask of this kind
 
@@ -105,7 +108,7 @@ def replayed(fast: FastForward) -> FastForward:
 
 def padded_length(length: int) -> int:
     """The next length of a coarse grid: at most an eighth (below 512, 64 positions) is padding."""
-    step = max(64, (1 << (length - 1).bit_length()) // 8)
+    step = max(TILE, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 
@@ -176,8 +179,9 @@ def _graph(
     if state is None:
         state = binding.graphs = LayerState.of(layer)
     batch, length = kwargs["hidden_states"].shape[:2]
-    limit = FLOPS * (FP8_AGAIN if key[0] == "checkpointed" and _fp8(binding) else 1)
-    short = 4 * batch * length * state.weights <= limit or binding.runtime.options.graphs == "on"
+    operations = 4 * batch * length * state.weights
+    longer = key[0] == "checkpointed" and binding.memory is None  # plans count recordings of short steps only
+    short = operations <= FLOPS * (AGAIN if longer else 1) or binding.runtime.options.graphs == "on"
     if state.off or not short:
         return None
     if not state.fingerprint.holds(layer):
@@ -185,10 +189,12 @@ def _graph(
     if state.off or (state.dropout and key[0] == "checkpointed"):  # two replays draw two masks
         return None
     known = state.graphs.setdefault(key, [])
-    graph = _fitting(known, length)
+    # Where the GPU is busy anyway, padding takes more time than a replay spares.
+    padded = padded_length(length) if operations <= FLOPS else -(-length // TILE) * TILE
+    limit = 2 * length if operations <= FLOPS and len(known) >= LENGTHS else padded
+    graph = _fitting(known, length, limit)
     if graph is not None:
         return None if isinstance(graph, KeptGraph) and graph.busy else graph
-    padded = padded_length(length)
     state.calls[key, padded] += 1
     if state.calls[key, padded] <= EAGER_CALLS or len(known) >= LENGTHS:
         return None
@@ -200,15 +206,9 @@ def _graph(
     return graph
 
 
-def _fp8(binding: Binding) -> bool:
-    """Whether products are in FP8, without a memory budget: plans count recordings of short steps only."""
-    return binding.runtime.options.compute != "exact" and binding.memory is None
-
-
-def _fitting(known: list[LayerGraph], length: int) -> LayerGraph | None:
-    """The shortest recording that holds ``length``, if not too much of it would be padding."""
+def _fitting(known: list[LayerGraph], length: int, limit: int) -> LayerGraph | None:
+    """The shortest recording that holds ``length``, if it is not longer than ``limit``."""
     fitting = min((graph for graph in known if graph.length >= length), key=lambda graph: graph.length, default=None)
-    limit = 2 * length if len(known) >= LENGTHS else padded_length(length)
     return fitting if fitting is not None and fitting.length <= limit else None
 
 
@@ -245,6 +245,7 @@ def _record(
             if (type(layer), shape) not in shared.warmed:
                 with torch.random.fork_rng(recorder.devices):
                     graph.warm_up()
+                recorder.trim()
             graph.record(recorder)
             if (type(layer), shape) not in shared.warmed:
                 _check_memory(before, recorder.memory(), binding)
@@ -259,12 +260,15 @@ def _record(
     return graph
 
 
-def _check_memory(before: tuple[int, int], after: tuple[int, int], binding: Binding) -> None:
-    """Raise ``MemoryError`` if recordings of all layers would take too much of what is free."""
+def _check_memory(before: Memory, after: Memory, binding: Binding) -> None:
+    """Raise ``MemoryError`` if recordings of all layers would take too much of what is free: what each holds, and what
+    all share."""
     layers = sum(decision.role == "decoder_layer" for decision in binding.report.decisions)
-    needed, free = layers * (after[0] - before[0]), before[1]
-    if needed > SHARE * free:
-        raise MemoryError(f"it would take {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free")
+    own = after.allocated - before.allocated
+    needed = layers * own + max(0, after.reserved - before.reserved - own)
+    if needed > SHARE * before.free:
+        free = before.free / 2**30
+        raise MemoryError(f"it would take {needed / 2**30:.1f} GiB of the {free:.1f} GiB that are free")
 
 
 def _weights(layer: nn.Module) -> int:

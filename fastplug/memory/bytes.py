@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from fastplug.graphs.replay import FLOPS
 from fastplug.memory import offload
+from fastplug.memory.gpus import CPU, GPU
 from fastplug.memory.policy import Policy
 from fastplug.memory.saved import BESIDE, PIECE, STAGED, Rank, Widths, tensors
 from fastplug.memory.shapes import LayerShape, Linears, ModelShape
+from fastplug.ops.adapted_glu.sizes import backward_bytes, compiled_rank, covers
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Step:
         eager: Whether attention keeps its scores.
         tile_rows: Tokens that go through a gated MLP at once where gate and up are not kept, or None.
         graphs: Whether layers are replayed as CUDA graphs where their step is short.
+        adapted_glu: Whether the GPU has the kernels of ``ops/adapted_glu``.
     """
 
     batch: int
@@ -37,18 +40,28 @@ class Step:
     eager: bool = False
     tile_rows: int | None = None
     graphs: bool = False
+    adapted_glu: bool = False
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
 
     @classmethod
-    def of(cls, shape: ModelShape, batch: int, length: int, tile_rows: int | None = None, graphs: bool = False) -> Step:
+    def of(
+        cls,
+        shape: ModelShape,
+        batch: int,
+        length: int,
+        gpu: GPU = CPU,
+        tile_rows: int | None = None,
+        graphs: bool = False,
+    ) -> Step:
         """The step of a model at a batch and length."""
         eager = shape.attention == "eager"
         windowed = shape.attention in ("sdpa", "eager")
         graphs = graphs and shape.attention == "sdpa"
-        return cls(batch, length, shape.compute_itemsize, shape.stream_itemsize, windowed, eager, tile_rows, graphs)
+        sizes = shape.compute_itemsize, shape.stream_itemsize
+        return cls(batch, length, *sizes, windowed, eager, tile_rows, graphs, gpu.adapted_glu)
 
     def replayed(self, layer: LayerShape, policy: Policy) -> bool:
         """Whether the layer is one that graphs/replay.py records."""
@@ -355,7 +368,7 @@ def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     weights = _trained(layer.down) + _trained(layer.gate_up)
     moments = [
         cast + down + d_hidden + (wide if again else 0),
-        cast + d_hidden + wide,
+        cast + d_hidden + wide + _unit_sums(layer, step),
         cast + wide + gate_up + d_normed,
         cast + wide + 2 * d_normed + weights,
         cast + 2 * d_normed + row,
@@ -363,6 +376,17 @@ def _mlp_backward(layer: LayerShape, step: Step, policy: Policy) -> int:
     if again:
         moments.append(cast + d_normed + gate_up + wide)
     return max(moments) + (row if t < T else 0)
+
+
+def _unit_sums(layer: LayerShape, step: Step) -> int:
+    """The partial sums of the adapted gated unit's backward, where its kernel is used."""
+    linears = (*layer.gate_up, *layer.down)
+    ranks = [linear.rank for linear in linears]
+    if not step.adapted_glu or step.compute != 2 or step.tile < step.tokens or not all(ranks):
+        return 0
+    if any(linear.drops or linear.trained for linear in linears) or not covers(layer.intermediate, *ranks):
+        return 0
+    return backward_bytes(step.tokens, layer.intermediate, compiled_rank(*ranks))
 
 
 def _attention_backward(layer: LayerShape, step: Step) -> int:

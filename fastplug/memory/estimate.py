@@ -68,7 +68,7 @@ def layer_costs(
     graphs: bool = True,
 ) -> tuple[LayerCosts, ...]:
     """The costs of every layer under every policy that it can have, reasoned from shapes."""
-    step = Step.of(shape, batch, length, tile_rows, graphs)
+    step = Step.of(shape, batch, length, gpu, tile_rows, graphs)
     known: dict[LayerShape, LayerCosts] = {}
     for layer in shape.layers:
         if layer not in known:
@@ -116,7 +116,7 @@ def estimate(
     if batch < 1 or length < 1:
         raise OptionError(f"fastplug: a batch of {batch} x {length} has no token")
     fixed = {**fixed_bytes(shape, optimizer), "libraries": LIBRARIES, "step": step_bytes(shape, batch, length)}
-    step = Step.of(shape, batch, length, tile_rows, graphs)
+    step = Step.of(shape, batch, length, gpu, tile_rows, graphs)
     layers = layer_costs(shape, batch, length, gpu, tile_rows, graphs)
     return Estimate(layers, fixed, head_peak(shape, batch, length), other_ms(shape, step, gpu), step)
 

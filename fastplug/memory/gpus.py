@@ -16,7 +16,7 @@ replaces all of it by its own measurements after a few steps.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fastplug.errors import OptionError
@@ -37,6 +37,7 @@ class GPU:
         bandwidth: Peak of the memory, in 10^9 bytes a second.
         host: Copies from and to pinned host memory, in 10^9 bytes a second each way.
         gemm, attention, attention_backward, memory_share: The shares of the peaks that are reached.
+        adapted_glu: Whether the kernels of ``ops/adapted_glu`` are for it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class GPU:
     attention: float = 0.45
     attention_backward: float = 0.33
     memory_share: float = 0.8
+    adapted_glu: bool = False
 
     def gemm_ms(self, operations: float, tokens: int) -> float:
         """Milliseconds of products with ``tokens`` rows: few rows do not fill the GPU."""
@@ -63,8 +65,8 @@ class GPU:
 
 
 GPUS = (
-    GPU("H100", int(79.1 * GiB), 989, 3350, 50, attention=0.51, attention_backward=0.37),
-    GPU("H200", int(139.7 * GiB), 989, 4800, 50, attention=0.51, attention_backward=0.37),
+    GPU("H100", int(79.1 * GiB), 989, 3350, 50, attention=0.51, attention_backward=0.37, adapted_glu=True),
+    GPU("H200", int(139.7 * GiB), 989, 4800, 50, attention=0.51, attention_backward=0.37, adapted_glu=True),
     GPU("A100 80GB", int(79.1 * GiB), 312, 2039, 24, attention=0.6, attention_backward=0.5),
     GPU("A100 40GB", int(39.3 * GiB), 312, 1555, 24, attention=0.6, attention_backward=0.5),
     GPU("L40S", int(44.3 * GiB), 362, 864, 24, gemm=0.6),
@@ -75,7 +77,8 @@ GPUS = (
     GPU("RTX 3090", int(23.5 * GiB), 71, 936, 24, gemm=0.9, attention=0.7, attention_backward=0.6),
     GPU("T4", int(14.5 * GiB), 65, 320, 12, gemm=0.4, attention=0.2, attention_backward=0.2),
 )
-
+CPU = replace(GPUS[0], name="CPU", adapted_glu=False)
+"""What plans on a CPU reckon with, to be tried out; its times mean nothing."""
 
 NOISE = re.compile(r"nvidia|geforce|tesla|graphics|laptop|gpu|hbm\d?e?|sxm\d?|pcie|rtx")
 
@@ -147,4 +150,4 @@ def parse(text: str) -> Wanted:
     return Wanted(of_memory(found.bytes), found.bytes, named=False)
 
 
-__all__ = ["GPU", "GPUS", "Wanted", "find", "of_memory", "parse"]
+__all__ = ["CPU", "GPU", "GPUS", "Wanted", "find", "of_memory", "parse"]

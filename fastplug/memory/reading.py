@@ -17,7 +17,7 @@ from fastplug.memory.bytes import Step
 from fastplug.memory.checkpoint import attention_refusal
 from fastplug.memory.costs import LayerCosts
 from fastplug.memory.estimate import TILES, Estimate, estimate
-from fastplug.memory.gpus import GPU, GPUS, find, of_memory
+from fastplug.memory.gpus import CPU, GPU, find, of_memory
 from fastplug.memory.host_memory import copy_rate
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
@@ -44,7 +44,7 @@ class Reading:
         ]
         self._options = options
         self._shape: ModelShape | None = None
-        self._gpu: GPU = GPUS[0]
+        self._gpu: GPU = CPU
         self._keeps_attention: list[bool] = []
         self._share = 1.0  # of the gradients that stays in this process
         self.in_backward = False  # an optimizer uses the gradients within the backward
@@ -111,7 +111,7 @@ class Reading:
 
     def records(self, batch: int, length: int) -> bool:
         """Whether any layer is recorded as CUDA graphs in such a micro-batch, where the device has them."""
-        step = Step.of(self.shape, batch, length, graphs=True)
+        step = Step.of(self.shape, batch, length, gpu=self._gpu, graphs=True)
         return any(step.replayed(layer, Policy.KEEP) for layer in self.shape.layers)
 
     def _with_passing_gradients(self, layer: LayerCosts, index: int) -> LayerCosts:

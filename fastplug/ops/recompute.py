@@ -8,7 +8,9 @@ its output will never be read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -30,6 +32,64 @@ class Countdown(torch.autograd.graph.saved_tensors_hooks):
     @staticmethod
     def _unpack(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+
+class Handover:
+    """What the first pass of a region hands to the second one, where both are recorded.
+
+    A node that has made something small of something large gives the former, in the order in which the second pass
+    takes it, and need not make the latter again.
+
+    Attributes:
+        tensors: What was given.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._taken: int | None = None
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The first pass, whose nodes give."""
+        self.tensors.clear()
+        with self._during(None):
+            yield
+
+    @contextmanager
+    def second(self) -> Iterator[None]:
+        """The second pass, whose nodes take."""
+        with self._during(0):
+            yield
+
+    @contextmanager
+    def _during(self, taken: int | None) -> Iterator[None]:
+        self._taken = taken
+        token = _HANDOVER.set(self)
+        try:
+            yield
+        finally:
+            _HANDOVER.reset(token)
+
+    @property
+    def takes(self) -> bool:
+        """Whether this is the second pass."""
+        return self._taken is not None
+
+    def give(self, tensor: torch.Tensor) -> None:
+        self.tensors.append(tensor)
+
+    def take(self) -> torch.Tensor:
+        assert self._taken is not None
+        self._taken += 1
+        return self.tensors[self._taken - 1]
+
+
+_HANDOVER: ContextVar[Handover | None] = ContextVar("fastplug_handover", default=None)
+
+
+def handover() -> Handover | None:
+    """That of the recording in progress."""
+    return None if torch.compiler.is_compiling() else _HANDOVER.get()
 
 
 def checkpointing() -> str:

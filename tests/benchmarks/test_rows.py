@@ -47,9 +47,6 @@ def test_systems() -> None:
     assert System.parse("fastplug-graphs-off") == System("fastplug-graphs-off", "fastplug", {"graphs": "off"})
     parsed = System.parse("fastplug+graphs=on+plugins=false")
     assert parsed.options == {"graphs": "on", "plugins": False}
-    assert System.parse("fastplug+trial=adapted_glu").options == {"trial": "adapted_glu"}
-    with pytest.raises(ValueError, match="'x' is not on trial, but adapted_glu"):
-        System.parse("fastplug+trial=x")
     for wrong in ("slow", "hf+graphs=off", "unsloth+x=1"):
         with pytest.raises(ValueError, match="is no system"):
             System.parse(wrong)

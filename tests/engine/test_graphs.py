@@ -16,6 +16,8 @@ import torch
 
 import fastplug
 from fastplug.graphs import replay
+from fastplug.graphs.recorder import Memory
+from fastplug.ops.lora.adapted_unit import Unit
 from fastplug.patching.sites import KEY
 from tests import models
 from tests.engine.step import relative
@@ -45,8 +47,11 @@ class Stand_in:
     def ready(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def memory(self) -> tuple[int, int]:
-        return 0, 1 << 40
+    def memory(self) -> Memory:
+        return Memory(0, 0, 1 << 40)
+
+    def trim(self) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -342,6 +347,35 @@ def test_gradient_checkpointing(device: torch.device, reentrant: bool) -> None:
             assert relative(mine.grad, theirs.grad) <= BOUND, name
 
 
+def test_what_a_first_pass_hands_over_is_not_made_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, replayed = pair(device)
+    replayed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    replayed.enable_input_require_grads()
+    train(replayed, [batch(device)] * 4)
+    passes: list[str] = []
+    original = Unit.result
+    monkeypatch.setattr(Unit, "result", lambda self: passes.append("") or original(self))
+    if device.type == "cpu":  # the stand-in runs what was recorded
+        train(replayed, [batch(device)])
+        assert len(passes) == len(layers(replayed))
+    for layer in layers(replayed):
+        (graph,) = next(iter(layer.__dict__[KEY].graphs.graphs.values()))
+        assert [tensor.shape for tensor in graph._handed] == [(2 * 64, 4)]
+
+
+def test_long_steps_are_recorded_without_padding(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From so many tokens on padding takes longer than a replay spares."""
+    monkeypatch.setattr(replay, "FLOPS", -1.0)  # what matrices as small as these count for is 0
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    lengths = [1100, 1100, 1090, 1152, 1150, 1200, 1060]
+    batches = [batch(device, length, seed=i, rows=1) for i, length in enumerate(lengths)]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert recorded(replayed) == [1152]  # on the coarse grid of short steps it would be 1280
+
+
 def test_checkpointed_layers_with_dropout_are_left_alone(device: torch.device) -> None:
     """Two replays of a forward would draw two masks."""
     _, replayed = pair(device, lora_dropout=0.3)
@@ -373,10 +407,13 @@ def test_a_failing_recording_turns_graphs_off(device: torch.device, monkeypatch:
     assert "not permitted" in note
 
 
-def test_too_little_memory_turns_graphs_off(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after", [Memory(200, 200, 800), Memory(10, 400, 600)])  # of each layer's own, and shared
+def test_too_little_memory_turns_graphs_off(
+    after: Memory, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     eager, replayed = pair(device)
     kind = type(replay.recorder_for(device))
-    sizes = iter([(0, 1000), (200, 800)])
+    sizes = iter([Memory(0, 0, 1000), after])
     monkeypatch.setattr(kind, "memory", lambda self: next(sizes))
     batches = [batch(device, seed=i) for i in range(5)]
     assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)

@@ -96,6 +96,22 @@ def test_shifted_labels_items_and_a_softcap() -> None:
     assert not fallbacks(ours), fallbacks(ours)
 
 
+def test_nobody_looks_for_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which transformers would wait for the device, where there is neither a mask nor a cache."""
+    model = with_head(outputs=OUTPUTS["SFT"])
+    batch = {name: models.batch()[name] for name in ("input_ids", "labels")}
+    asked: list[Any] = []
+    found = "transformers.masking_utils.find_packed_sequence_indices"
+    monkeypatch.setattr(found, lambda *args, **kwargs: asked.append(args))
+    run(model, batch)
+    assert asked
+    asked.clear()
+    fastplug.apply(model)
+    run(model, batch)
+    assert not asked
+    assert not fallbacks(model)
+
+
 def test_without_gradients_and_without_a_label() -> None:
     ours, theirs = pair(outputs=OUTPUTS["SFT"])
     fastplug.apply(ours)

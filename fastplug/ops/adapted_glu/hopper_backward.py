@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastplug.ops.adapted_glu.sizes import TILE, blocks_per_column
 from fastplug.ops.adapted_glu.tiles import (
-    TILE,
     WARPS,
     async_load,
     async_store,
@@ -271,7 +271,7 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write ``d_gate_up``; returns the parts of the thin products, see :func:`_backward_kernel`."""
     T, N = d_out.shape
-    sub = (2 if rank == 16 else 1) if sub is None else sub
+    sub = blocks_per_column(rank) if sub is None else sub
     stages = (3 if rank < 64 else 2) if stages is None else stages  # in 113 KiB, so that two programs are resident
     columns, token_blocks = triton.cdiv(N, TILE * sub), triton.cdiv(T, TILE)
     units = columns * token_blocks

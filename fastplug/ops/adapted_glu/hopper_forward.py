@@ -17,7 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastplug.ops.adapted_glu.tiles import TILE, WARPS, async_load, async_store, barrier, matrix, share, slots, value
+from fastplug.ops.adapted_glu.sizes import TILE
+from fastplug.ops.adapted_glu.tiles import WARPS, async_load, async_store, barrier, matrix, share, slots, value
 from fastplug.ops.launch import on_device
 
 

@@ -1,7 +1,5 @@
 """The gated unit with the adapters around it in one kernel each way, on Hopper GPUs.
 
-Not used yet: it has been compiled for these GPUs and run in a model of them on the CPU, and no kernel counts as done
-before it was right and faster on one. ``USED`` is for tests, and ``fastplug+trial=adapted_glu`` in ``benchmarks.step``.
 The functions are those of ``reference``.
 """
 
@@ -13,14 +11,11 @@ from typing import Any
 import torch
 
 from fastplug.ops.adapted_glu.reference import Adapted, Thin
+from fastplug.ops.adapted_glu.sizes import CHUNK, compiled_rank, covers
 from fastplug.ops.gluon import aligned, attempt, multiprocessors
 
-USED = False
 ACTIVATIONS = ("silu", "gelu_tanh")
-RANKS = (16, 32, 64)  # that a kernel is compiled for; smaller ranks are filled up with zeros
-MULTIPLE = 8  # of ranks and channels: 16 bytes, for the copy engine
 Key = tuple[str, str, int, torch.dtype]  # direction, activation, rank, dtype: what is compiled
-CHUNK = 8192  # tokens of a launch of the backward, whose partial sums take 14 KiB a token in an 8B Llama
 
 broken: dict[Key, list[str]] = {}
 """Why a kernel is used no more, once a version of Triton could not compile it.
@@ -31,11 +26,10 @@ Each on its own: gate and up of a forward that has run are as it left them, what
 
 def suits(tokens: int, adapted: Adapted, activation: str) -> bool:
     """See :func:`fastplug.ops.adapted_glu.reference.suits`."""
-    if not USED or torch.compiler.is_compiling() or activation not in ACTIVATIONS:
+    if torch.compiler.is_compiling() or activation not in ACTIVATIONS:
         return False
-    xa, b, columns, a = adapted
-    ranks = [part.stop - part.start for part in columns] + [len(a)]
-    if not tokens or max(ranks) > RANKS[-1] or any(rank % MULTIPLE for rank in ranks) or a.shape[1] % MULTIPLE:
+    xa, b, _, a = adapted
+    if not tokens or not covers(a.shape[1], *_ranks(adapted)):
         return False
     if xa.dtype not in (torch.bfloat16, torch.float16) or not xa.dtype == b.dtype == a.dtype:
         return False
@@ -61,32 +55,41 @@ def backward(
     """See :func:`fastplug.ops.adapted_glu.reference.backward`."""
     if not all(map(aligned, (d_out, gb, gate_up, d_gate_up))):  # those of the forward are, where it suits
         return None
-    T, N = d_out.shape
-    rank = _rank(adapted)
-    total = torch.zeros(T, adapted.xa.shape[1], dtype=torch.float32, device=gate_up.device)
-    sums: torch.Tensor | None = None
-    for start in range(0, T, CHUNK):
-        rows = slice(start, min(start + CHUNK, T))
+    rank, sums = _rank(adapted), []
+    for start in range(0, len(d_out), CHUNK):
+        rows = slice(start, start + CHUNK)
         mine = adapted._replace(xa=adapted.xa[rows])
-        tensors = (d_out[rows], gb[rows], gate_up[rows], d_gate_up[rows])
-        parts = _attempt("backward", mine, activation, *tensors)
+        parts = _attempt("backward", mine, activation, d_out[rows], gb[rows], gate_up[rows], d_gate_up[rows])
         if parts is None:
             return None
-        for i, columns in enumerate(adapted.columns):
-            width = columns.stop - columns.start
-            total[rows, columns] += parts[0][:, :, i * rank : i * rank + width].sum(0)
-        found = parts[1].sum(0)
-        sums = found if sums is None else sums.add_(found)
-    assert sums is not None
-    b = torch.zeros(2 * N, adapted.b.shape[1], dtype=torch.float32, device=gate_up.device)
-    for i, columns in enumerate(adapted.columns):
-        b[i * N : (i + 1) * N, columns] = sums[i, :, : columns.stop - columns.start]
-    return Thin(total, b, sums[2, :, : len(adapted.a)].t())
+        sums.append([part.sum(0) for part in parts])
+    thin = sums[0][0] if len(sums) == 1 else torch.cat([part for part, _ in sums])
+    of_matrices = sums[0][1]
+    for _, part in sums[1:]:
+        of_matrices.add_(part)
+    widths = [columns.stop - columns.start for columns in adapted.columns]
+    b = tuple(of_matrices[i, :, :width] for i, width in enumerate(widths))
+    return Thin(_in_columns(thin, adapted, rank), b, of_matrices[2, :, : len(adapted.a)].t())
+
+
+def _in_columns(thin: torch.Tensor, adapted: Adapted, rank: int) -> torch.Tensor:
+    """The gradient of ``adapted.xa`` from gate's columns and up's [T, 2 rank], each filled up with zeros."""
+    gate, up = adapted.columns
+    if (gate, up) == (slice(0, rank), slice(rank, 2 * rank)):
+        return thin
+    total = torch.zeros_like(adapted.xa, dtype=thin.dtype)
+    for i, columns in enumerate((gate, up)):
+        total[:, columns] += thin[:, i * rank : i * rank + columns.stop - columns.start]
+    return total
+
+
+def _ranks(adapted: Adapted) -> list[int]:
+    """Of gate, up and down."""
+    return [*(part.stop - part.start for part in adapted.columns), len(adapted.a)]
 
 
 def _rank(adapted: Adapted) -> int:
-    largest = max(*(part.stop - part.start for part in adapted.columns), len(adapted.a))
-    return next(rank for rank in RANKS if rank >= largest)
+    return compiled_rank(*_ranks(adapted))
 
 
 def launcher(direction: str) -> Any:

@@ -33,12 +33,12 @@ class Thin(NamedTuple):
 
     Attributes:
         gb: The gradient of ``xa``, [T, rank].
-        b: That of ``b`` in the columns that are not zero, [2 N, rank].
+        b: That of ``b`` where it is not zero: of the gate's rows and columns, and of up's, each [N, its rank].
         a: That of ``a``, [rank, N].
     """
 
     gb: torch.Tensor
-    b: torch.Tensor
+    b: tuple[torch.Tensor, ...]
     a: torch.Tensor
 
 
@@ -89,7 +89,9 @@ def backward(
     d_gate_up.copy_(d_full)
     d_full, out = d_gate_up.to(full.dtype), out.to(d_gate_up.dtype).to(full.dtype)
     a = gb.to(full.dtype).t() @ out
-    return Thin(d_full @ adapted.b.to(full.dtype), d_full.t() @ adapted.xa.to(full.dtype), a)
+    xa = adapted.xa.to(full.dtype)
+    b = tuple(part.t() @ xa[:, columns] for part, columns in zip(d_full.chunk(2, dim=-1), adapted.columns))
+    return Thin(d_full @ adapted.b.to(full.dtype), b, a)
 
 
 def _full(base: torch.Tensor, adapted: Adapted) -> torch.Tensor:

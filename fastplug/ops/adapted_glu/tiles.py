@@ -11,6 +11,7 @@ the caller, in a fixed order: the same bits each time.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-TILE = 64  # tokens and channels
 WARPS = 4
 
 # Named otherwise up to Triton 3.8.
@@ -71,9 +71,17 @@ def share(left, right, like):
 
 
 def matrix(tensor: torch.Tensor, rows: int, columns: int) -> Any:
-    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+    """The tensor as the copy engine reads and writes it, in tiles of ``rows`` x ``columns``."""
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], _layout(rows, columns, tensor.dtype)
+    )
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """Of a tile in shared memory."""
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
 
 
 def slots(length: int, units: int, programs: int) -> int:

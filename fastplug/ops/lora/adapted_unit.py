@@ -99,13 +99,13 @@ class UnitGradients:
         gate_up: The gradient of gate and up [rows, 2 width].
         down: The gradients of down's tensors.
         gb: s · g B of gate and up [rows, rank], where the one pass has made it.
-        b: The gradients of their B, likewise.
+        b: The gradients of their B, gate's and up's [width, its rank], likewise.
     """
 
     gate_up: torch.Tensor
     down: Grads
     gb: torch.Tensor | None = None
-    b: torch.Tensor | None = None
+    b: tuple[torch.Tensor, ...] = ()
 
 
 def one_pass(
@@ -155,12 +155,11 @@ def with_known(
     return grads
 
 
-def known_b(group: Group, b: torch.Tensor | None) -> dict[int, torch.Tensor]:
-    """The gradients of a group's B by their place, of one for all."""
-    if b is None:
-        return {}
-    blocks = enumerate(group.adapted.blocks)  # every projection has one
-    return {PER_PROJECTION * i + 3: b[rows, columns] for i, (_, rows, columns) in blocks}
+def known_b(group: Group, b: tuple[torch.Tensor, ...]) -> dict[int, torch.Tensor]:
+    """The gradients of a group's B by their place, of gate's and up's, which may be one projection's."""
+    if b and len(group.projections) == 1:
+        b = (torch.cat(b),)
+    return {PER_PROJECTION * i + 3: part for i, part in enumerate(b)}
 
 
 def _empty(like: torch.Tensor, width: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp_rows import backward, normalized
 from fastplug.ops.lora.gated_mlp_tiles import backward_in_tiles, forward_in_tiles
 from fastplug.ops.lora.group import Group, Kept
-from fastplug.ops.recompute import nodes_stay, tensors_left
+from fastplug.ops.recompute import handover, nodes_stay, tensors_left
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,25 @@ class GatedMLPFunction(torch.autograd.Function):
         del normed
         gate_up, kept = unit.gate_up, unit.kept
         # Under gradient checkpointing x Aᵀ of down stays here, so that the second pass need not make the activation.
-        matrices = unit.down if nodes_stay() else None
+        hands = handover() if unit.down is not None and unit.down.a is not None else None
+        matrices = unit.down if hands is not None or nodes_stay() else None
         hidden, down_kept = None, matrices
         if down_kept is None:
             hidden, down_kept = unit.result()
         saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.tensors(), *down_kept.tensors())
-        ctx.count, ctx.down_xa, ctx.base_only = len(kept.tensors()), None, unit.adapted is not None
+        ctx.count, ctx.base_only = len(kept.tensors()), unit.adapted is not None
+        ctx.down_xa = hands.take() if hands is not None and hands.takes else None
         ctx.save_for_backward(*saved)
         if (spec.joined or spec.norm is None) and tensors_left() == sum(tensor is not None for tensor in saved):
             return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         if hidden is None:
             hidden, down_kept = unit.result()
-            ctx.down_xa, ctx.base_only = down_kept.xa, unit.adapted is not None
+            ctx.base_only = unit.adapted is not None
+            if ctx.down_xa is None:
+                ctx.down_xa = down_kept.xa
+                if hands is not None:
+                    assert down_kept.xa is not None
+                    hands.give(down_kept.xa)
         del gate_up, unit
         if not spec.joined and spec.norm is not None:
             return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)

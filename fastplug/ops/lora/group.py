@@ -184,9 +184,9 @@ class Group:
 
     # --- base weights ---------------------------------------------------------------------------------------------
 
-    def decoded(self) -> torch.Tensor:
-        """All weights in one buffer [out_features, in_features]."""
-        encoded = [p.read() for p in self.projections]
+    def decoded(self, encoded: Sequence[EncodedWeight] | None = None) -> torch.Tensor:
+        """All weights, read before or now, in one buffer [out_features, in_features]."""
+        encoded = [p.read() for p in self.projections] if encoded is None else encoded
         shape = (self.out_features, self.in_features)
         buffer = torch.empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
         row = 0
@@ -210,7 +210,7 @@ class Group:
         encoded = [p.read() for p in self.projections]
         device = encoded[0].tensors[0].device
         if any(not weight.stored_densely for weight in encoded) and device.type != "cpu":
-            matrix, own = self._kept(self.projections, encoded, self.decoded)
+            matrix, own = self._kept(self.projections, encoded, partial(self.decoded, encoded))
             return [Weight(matrix, slice(0, self.out_features), own)]  # a CPU gains nothing by one product
         parts, row = [], 0
         for p, weight in zip(self.projections, encoded):

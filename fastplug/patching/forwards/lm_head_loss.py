@@ -47,8 +47,7 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         torch._dynamo.graph_break()
     kwargs.pop("logits_to_keep", None)
     wanted = Labels(labels, kwargs)
-    planner = binding.runtime.memory
-    stand_in = _without_cache(model, kwargs, planned=planner is not None and planner.off is None)
+    stand_in = without_cache(model, kwargs, binding.runtime)
     backbone: nn.Module = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
     outputs = backbone(**_heard(backbone, kwargs))
     hidden = outputs[0]
@@ -117,7 +116,7 @@ def fused_loss(
     return _gathered(head, with_what_it_takes, hidden) if gathers_itself(head) else with_what_it_takes(hidden)
 
 
-def _without_cache(model: nn.Module, kwargs: dict[str, Any], planned: bool) -> bool:
+def without_cache(model: nn.Module, kwargs: dict[str, Any], runtime: Runtime) -> bool:
     """Turn off the cache of a training step, which nobody reads; whether a stand-in took its place.
 
     Without a mask, transformers tells packed sequences by the positions it is given, but only where there is no cache:
@@ -132,6 +131,7 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any], planned: bool) -> b
     backbone = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
     if not no_mask or caches.given(kwargs) is not None:
         return False
+    planned = runtime.memory is not None and runtime.memory.off is None
     if getattr(backbone, "gradient_checkpointing", False) and not planned:  # it takes caches away from its layers
         return False
     kwargs[caches.name_in(type(backbone).forward)] = step_cache()

@@ -71,7 +71,9 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     items = kwargs.pop("num_items_in_batch", None)
     wanted = Labels(labels, {"shift_labels": shifted})
-    hidden = getattr(model, settings["backbone_attr"])(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+    kwargs = {**dict(zip(binding.parameters, args)), **kwargs, "use_cache": None}
+    lm_head_loss.without_cache(model, kwargs, binding.runtime)
+    hidden = getattr(model, settings["backbone_attr"])(**{**kwargs, "use_cache": False}).last_hidden_state
     found = _scores(settings, projection, binding.runtime, hidden, wanted)
     # The last token of a row predicts none: it has no place in what TRL returns.
     length = hidden.shape[1] - (shifted is None)

@@ -1,0 +1,64 @@
+"""What observed times make of reasoned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from fastplug.memory.calibration import ALIKE, Calibration
+from fastplug.memory.costs import PolicyCost
+from fastplug.memory.policy import Policy
+
+REASONED = 10.0  # milliseconds of a layer
+
+
+class Mark:
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def milliseconds_since(self, earlier: Mark) -> float:
+        return self.at - earlier.at
+
+
+class Device:
+    def allocated(self) -> int:
+        return 0
+
+    def mark(self) -> Any:
+        return Mark(0.0)
+
+
+def measured(times: dict[Policy, Iterable[float]]) -> dict[Policy, float]:
+    """The ratios after a forward and a backward of layers that took so long, together, under each policy."""
+    calibration = Calibration(Device())  # type: ignore[arg-type]
+    for _ in range(2):
+        calibration.begin((1, 64))
+    for policy, found in times.items():
+        for ms in found:
+            cost = PolicyCost(0, 0, 0, REASONED, 0, 0, REASONED / 3, 0.0)
+            observation = calibration.observe(policy, cost)
+            assert observation is not None
+            observation._marks = [Mark(at) for at in (0.0, ms / 3, 100.0, 100.0 + 2 * ms / 3)]
+    calibration.begin((1, 64))
+    return calibration.ms()
+
+
+def test_layers_that_waited_do_not_count() -> None:
+    found = measured({Policy.KEEP: [10.5, 17.0, 18.0, 10.4, 25.0, 10.6, 30.0, 16.0]})
+    assert found == {Policy.KEEP: pytest.approx(1.05)}
+
+
+def test_a_policy_that_waited_throughout_is_held_to_the_others() -> None:
+    slow = measured({Policy.KEEP: [17.4] * 4, Policy.DROP_GATE_UP: [13.7] * 4, Policy.OFFLOAD_KEEP: [22.5] * 4})
+    assert slow[Policy.DROP_GATE_UP] == pytest.approx(1.37)
+    assert slow[Policy.KEEP] == pytest.approx(1.37 * ALIKE[False])
+    assert slow[Policy.OFFLOAD_KEEP] == pytest.approx(1.37 * ALIKE[True])
+
+
+def test_what_differs_a_little_stays_as_measured() -> None:
+    times = {Policy.KEEP: [10.4] * 3, Policy.DROP_GATE_UP: [10.9] * 3, Policy.OFFLOAD_KEEP: [11.8] * 3}
+    assert measured(times) == {policy: pytest.approx(found[0] / REASONED) for policy, found in times.items()}
+    assert measured({Policy.OFFLOAD_KEEP: [30.0]}) == {Policy.OFFLOAD_KEEP: pytest.approx(3.0)}
+    assert measured({}) == {}
