@@ -7,12 +7,13 @@ QLoRA, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastplug.ops.nf4.reference import Stored
 from fastplug.ops.quantize_4bit.codes import BLOCKSIZES
 from fastplug.ops.table import OpTable
 from fastplug.quant.codec import Damaged, EncodedWeight
@@ -96,6 +97,19 @@ class BitsAndBytes4:
             nested=(*nested, weight.layout[1]) if nested else None,
             row_start=row_start,
         )
+
+    def decode_all(self, weights: Sequence[EncodedWeight], out: torch.Tensor, ops: OpTable) -> bool:
+        """See :class:`fastplug.quant.codec.Codec`."""
+        together = getattr(ops.nf4, "decode_all", None)
+        if together is None:
+            return False
+        blocksize = weights[0].layout[0]
+        stored = []
+        for weight in weights:
+            packed, absmax, code, *nested = weight.tensors
+            outer = (nested[0], nested[1], nested[2], weight.layout[1]) if nested else None
+            stored.append(Stored(packed, absmax, code, outer, weight.shape[0]))
+        return bool(together(stored, blocksize, out))
 
 
 def _mismatch(weight: EncodedWeight, linear: nn.Module) -> str | None:

@@ -60,6 +60,8 @@ class Codec(Protocol):
     A codec may also have ``note``, a line that a report shows where there are layers of the format, and
     ``problems(weight, linear)``, which gives pairs of a flag (a bool tensor without dimensions, on the weight's device)
     and what is wrong with the weight's values where it is true. It is asked once, when a model is patched.
+    ``decode_all(weights, out, ops)`` decodes several weights of one layout, one below the other, into ``out``
+    [rows of all, in_features] at once, or returns False with nothing written.
     """
 
     name: str

@@ -93,6 +93,7 @@ def launches(dtype: torch.dtype = torch.bfloat16, hidden: int = 4096, inner: int
     from fastplug.ops.glu import kernel as glu
     from fastplug.ops.logprobs import kernel as logprobs
     from fastplug.ops.nf4 import kernel as nf4
+    from fastplug.ops.nf4.reference import Stored
     from fastplug.ops.rms_norm import kernel as rms_norm
     from fastplug.ops.rope import kernel as rope
 
@@ -125,6 +126,10 @@ def launches(dtype: torch.dtype = torch.bfloat16, hidden: int = 4096, inner: int
     nf4.decode(packed, scales, code, 64, empty(inner, hidden + 16)[:, :hidden], nested=nested)
     nf4.decode(packed, scales.float(), code, 64, empty(inner, hidden))
     nf4.decode(packed, scales, code, 64, empty(9, 1001), nested=nested)
+    for outer, found in ((nested, scales), (None, scales.float())):
+        for count in (2, 3):
+            stored = [Stored(packed, found, code, outer, inner)] * count
+            assert nf4.decode_all(stored, 64, empty(count * inner, hidden))
     logits, targets = empty(4, 128256), torch.zeros(4, dtype=torch.int64)
     found = (empty(4, kind=torch.float32), empty(4, 2, kind=torch.float32), targets.clone())
     entropy = empty(4, kind=torch.float32)

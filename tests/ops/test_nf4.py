@@ -83,6 +83,38 @@ def test_more_blocks_than_one_nested_block(op, device):
     assert torch.equal(out, truth)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("rows", [(40, 9), (40, 1, 9), (3, 70, 40), (300, 300)], ids=str)
+def test_several_weights_at_once(op, device, dtype, double, rows):
+    """Blocks may span rows, and the last program of each weight has less to do."""
+    made = [quantize((count, 72), device, dtype, double=double) for count in rows]
+    stored = [reference.Stored(*weight[:3], nested, len(truth)) for weight, nested, truth in made]
+    out = torch.full((sum(rows), 72), float("nan"), device=device, dtype=dtype)
+    assert op.decode_all(stored, 64, out)
+    assert torch.equal(out, torch.cat([truth for _, _, truth in made]))
+
+
+def test_several_weights_that_one_launch_cannot_decode(device):
+    weight, nested, _ = quantize((6, 128), device)
+    stored = reference.Stored(*weight[:3], nested, 6)
+    single, _, _ = quantize((6, 128), device, double=False)
+    shifted = torch.cat((stored.packed.new_zeros(1), stored.packed.flatten()))[1:]
+    for others in (
+        [],
+        [stored] * 3,
+        [stored._replace(absmax=single[1], nested=None)],
+        [stored._replace(nested=(*nested[:3], 128))],
+        [stored._replace(packed=shifted)],
+    ):
+        out = torch.full((6 * (1 + len(others)), 128), 7.0, device=device)
+        assert not kernel.decode_all([stored, *others], 64, out)
+        assert (out == 7.0).all()
+    assert not kernel.decode_all([stored, stored], 64, torch.empty(12, 144, device=device)[:, :128])
+    with pytest.raises(ValueError, match="need 512 packed bytes, there are 384"):
+        kernel.decode_all([stored, stored._replace(rows=8)], 64, torch.empty(14, 128, device=device))
+
+
 def test_packed_bytes_at_an_odd_address(op, device):
     (packed, *rest), nested, truth = quantize((6, 128), device)
     shifted = torch.cat((packed.new_zeros(1), packed.flatten()))[1:]

@@ -189,7 +189,11 @@ class Group:
         encoded = [p.read() for p in self.projections] if encoded is None else encoded
         shape = (self.out_features, self.in_features)
         buffer = torch.empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
-        row = 0
+        first, row = encoded[0], 0
+        if len(encoded) > 1 and all((w.codec, w.layout) == (first.codec, first.layout) for w in encoded):
+            together = getattr(first.codec, "decode_all", None)
+            if together is not None and together(encoded, buffer, self.ops):
+                return buffer
         for weight in encoded:
             end = row + weight.shape[0]
             weight.decode(buffer if weight.shape == shape else buffer[row:end], self.ops)

@@ -8,6 +8,8 @@ instead of two would differ from bitsandbytes in the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,9 @@ import triton.language as tl
 from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, stride_unit
 from fastplug.ops.library import custom_op
-from fastplug.ops.nf4.reference import Nested, check
+from fastplug.ops.nf4.reference import Nested, Stored, check
 
+MOST = 3  # weights that a launch decodes
 ELEMENTS = 1024  # of a program of the kernel that goes element by element
 
 
@@ -27,6 +30,69 @@ def _scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, BLOCKSIZ
         outer = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=mask, other=0.0)
         scale = tl.load(code2_ptr + scale.to(tl.int32)) * outer + tl.load(offset_ptr)
     return scale
+
+
+@triton.jit
+def _values(
+    packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, word, mask, WORDS_PER_BLOCK: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+):  # fmt: skip
+    """The elements [words, 8] of some words of a weight."""
+    packed = tl.load(packed_ptr + word, mask=mask, other=0)
+    block = word // WORDS_PER_BLOCK
+    scale = _scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, BLOCKSIZE2)
+    element = tl.arange(0, 8)[None, :]
+    nibble = (packed[:, None] >> ((element ^ 1) * 4)) & 15  # little-endian bytes, the high half of each first
+    return tl.load(code_ptr + nibble) * scale[:, None]
+
+
+@triton.jit
+def _stacked(
+    packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, program, words,
+    WORDS_PER_BLOCK: tl.constexpr, BLOCKSIZE2: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """One program's words of one of several weights, whose rows begin at ``out_ptr``."""
+    word = program.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    mask = word < words
+    value = _values(
+        packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, word, mask, WORDS_PER_BLOCK, BLOCKSIZE2
+    )
+    target = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out_ptr + target, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["words0", "words1", "words2", "programs0", "programs1"])
+def _stacked_kernel(
+    packed0, absmax0, code0, code20, absmax20, offset0, packed1, absmax1, code1, code21, absmax21, offset1, packed2,
+    absmax2, code2, code22, absmax22, offset2,  # as of _word_kernel; the third weight's may be None
+    out_ptr,  # [rows of all, K]
+    words0,
+    words1,
+    words2,
+    programs0,  # of the first weight
+    programs1,  # of the first two
+    WORDS_PER_BLOCK: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    second = out_ptr + words0.to(tl.int64) * 8
+    if program < programs0:
+        _stacked(
+            packed0, absmax0, code0, code20, absmax20, offset0, out_ptr, program, words0, WORDS_PER_BLOCK, BLOCKSIZE2,
+            WORDS,
+        )  # fmt: skip
+    elif program < programs1:
+        _stacked(
+            packed1, absmax1, code1, code21, absmax21, offset1, second, program - programs0, words1, WORDS_PER_BLOCK,
+            BLOCKSIZE2, WORDS,
+        )  # fmt: skip
+    else:
+        if packed2 is not None:
+            _stacked(
+                packed2, absmax2, code2, code22, absmax22, offset2, second + words1.to(tl.int64) * 8,
+                program - programs1, words2, WORDS_PER_BLOCK, BLOCKSIZE2, WORDS,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row_start"])
@@ -51,19 +117,17 @@ def _word_kernel(
     first = tl.program_id(0).to(tl.int64) * WORDS
     word = tl.arange(0, WORDS)
     mask = first + word < words
-    source = row_start.to(tl.int64) * WORDS_PER_ROW + first
-    packed = tl.load(packed_ptr + source + word, mask=mask, other=0)
-    block = (source + word) // WORDS_PER_BLOCK
-    scale = _scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask, BLOCKSIZE2)
+    source = row_start.to(tl.int64) * WORDS_PER_ROW + first + word
+    value = _values(
+        packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, source, mask, WORDS_PER_BLOCK, BLOCKSIZE2
+    )
     if CONTIGUOUS:
         target = first * 8 + word * 8
     else:
         index = first.to(tl.int32) + word
         target = (index // WORDS_PER_ROW).to(tl.int64) * (out_stride * UNIT) + (index % WORDS_PER_ROW) * 8
-    element = tl.arange(0, 8)[None, :]
-    nibble = (packed[:, None] >> ((element ^ 1) * 4)) & 15  # little-endian bytes, the high half of each first
-    value = tl.load(code_ptr + nibble) * scale[:, None]
-    tl.store(out_ptr + target[:, None] + element, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    target = target[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(out_ptr + target, value.to(out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit(do_not_specialize=["row_start"])
@@ -127,6 +191,36 @@ def nf4_decode(
                 packed, absmax, code, code2, absmax2, offset, out, stride, row_start, N * K, K,
                 blocksize, blocksize2, ELEMENTS, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
+
+
+def decode_all(weights: Sequence[Stored], blocksize: int, out: torch.Tensor) -> bool:
+    """See :func:`fastplug.ops.nf4.reference.decode_all`."""
+    if not 2 <= len(weights) <= MOST or torch.compiler.is_compiling() or out.shape[1] % 8 or not out.is_contiguous():
+        return False
+    nested, operands, words, row = weights[0].nested, [], [], 0
+    for weight in weights:
+        mine = out[row : row + weight.rows]
+        check(weight.packed, weight.absmax, blocksize, 0, mine, weight.nested)
+        if (weight.nested is None) != (nested is None) or weight.packed.storage_offset() % 4:
+            return False
+        code2, absmax2, offset, blocksize2 = (None, None, None, 0) if weight.nested is None else weight.nested
+        if nested is not None and blocksize2 != nested[3]:
+            return False
+        flat = weight.packed.reshape(-1)
+        operands += [flat[: len(flat) // 4 * 4].view(torch.int32), weight.absmax, weight.code, code2, absmax2, offset]
+        words.append(mine.numel() // 8)
+        row += weight.rows
+    if row != len(out) or sum(words) >= 2**31:
+        return False
+    words_each = config(out.device).decoded // 8
+    programs = [triton.cdiv(count, words_each) for count in words]
+    missing = MOST - len(weights)
+    with on_device(out):
+        _stacked_kernel[(sum(programs),)](
+            *operands, *[None] * (6 * missing), out, *words, *[0] * missing, programs[0], sum(programs[:2]),
+            blocksize // 8, 0 if nested is None else nested[3], words_each, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return True
 
 
 def decode(

@@ -7,6 +7,9 @@ is an index into ``code``, and every ``blocksize`` elements share one scale: ``w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 Nested = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
@@ -98,3 +101,28 @@ def decode(
     else:
         values = values * scale.repeat_interleave(blocksize)[start % blocksize :][:count]
     out.copy_(values.view(rows, columns))
+
+
+class Stored(NamedTuple):
+    """A whole weight of ``rows`` rows, its tensors as of :func:`decode`."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    nested: Nested | None
+    rows: int
+
+
+def decode_all(weights: Sequence[Stored], blocksize: int, out: torch.Tensor) -> bool:
+    """Decode several weights of blocks of one size, one below the other, into ``out`` [rows of all, K]; whether that
+    was done.
+
+    Raises:
+        ValueError: As :func:`decode`.
+    """
+    row = 0
+    for weight in weights:
+        mine = out[row : row + weight.rows]
+        decode(weight.packed, weight.absmax, weight.code, blocksize, mine, nested=weight.nested)
+        row += weight.rows
+    return True
