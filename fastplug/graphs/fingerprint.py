@@ -34,7 +34,7 @@ class Fingerprint:
         try:
             same = all(state == before for state, before in self._states) and self.pointers_hold()
             return same and all(frozen._version == version for frozen, version in self._frozen)
-        except RuntimeError:  # a tensor took the place of another, and their comparison has no truth value
+        except (RuntimeError, TypeError, ValueError):  # an array took the place of another: no truth value
             return False
 
     def pointers_hold(self) -> bool:

@@ -49,6 +49,7 @@ class Shared:
     recorder: Recorder | None
     device: torch.device
     off: str | None = None  # why nothing is recorded any more
+    recording: bool = False
     warmed: set[Any] = field(default_factory=set)
     buffers: dict[Any, Buffers] = field(default_factory=dict)  # of layers under gradient checkpointing
 
@@ -231,6 +232,7 @@ def _record(
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
+    shared.recording = True
     try:
         with recorder.ready(), Countdown():  # in place of the hooks of torch.utils.checkpoint
             before = recorder.memory()
@@ -257,6 +259,8 @@ def _record(
         binding.report.notes.append(shared.off)
         logger.warning("fastplug: %s", shared.off)
         return None
+    finally:
+        shared.recording = False
     return graph
 
 

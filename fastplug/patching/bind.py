@@ -11,6 +11,7 @@ import copy
 import copyreg
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,9 @@ class _State(dict[str, Any]):
 
 
 FEW_TOKENS = 64
+REMEMBERED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""What a fast forward remembers of a patched module from call to call. On its binding, which the module holds, it would
+make a cycle if it holds anything of the module's."""
 
 
 def _few_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -147,6 +151,7 @@ def unbind(module: nn.Module) -> bool:
     binding: Binding | None = module.__dict__.pop(KEY, None)
     if binding is None:
         return False
+    REMEMBERED.pop(module, None)
     binding.graphs = None  # recordings hold the binding too: a cycle, which would keep the layer's activations
     base = type(module).__dict__.get(MARK)
     own = module.__dict__.get("forward")

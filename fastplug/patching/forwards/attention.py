@@ -48,15 +48,8 @@ class Plan:
     after: After | None = None  # what is left to do to q and k by modules of the model
 
 
-def plan(
-    attention: nn.Module,
-    family: Family,
-    runtime: Runtime,
-    x: torch.Tensor,
-    norm: NormRead | None,
-    kwargs: dict[str, Any],
-) -> Plan | str:
-    """Read the module's present state, or say why the fused path does not cover it."""
+def uncovered(kwargs: dict[str, Any]) -> str | None:
+    """Why the fused path does not cover a call with these arguments, or None."""
     if kwargs.get("position_embeddings") is None:
         return "no position embeddings were given to the attention"
     if kwargs["position_embeddings"][0].dim() != 3:
@@ -66,6 +59,11 @@ def plan(
     odd = caches.unknown(kwargs)
     if odd is not None:
         return f"a cache is given as {odd!r}, a name that is not known here"
+    return None
+
+
+def plan(attention: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor, norm: NormRead | None) -> Plan | str:
+    """Read the module's present state, or say why the fused path does not cover it."""
     qkv = read_group(attention, family.qkv, x, runtime)
     if isinstance(qkv, str):
         return qkv
@@ -169,7 +167,7 @@ def forward(module: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> A
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
     hidden_states: torch.Tensor = kwargs.pop("hidden_states")
     family, runtime = binding.family, binding.runtime
-    planned = interception(module, ()) or plan(module, family, runtime, hidden_states, None, kwargs)
+    planned = interception(module, ()) or uncovered(kwargs) or plan(module, family, runtime, hidden_states, None)
     if isinstance(planned, str):
         return NotCovered(planned)
     out, _, weights = run(planned, module, family, runtime, hidden_states, kwargs)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastplug.families import Family
 from fastplug.graphs.replay import replayed
 from fastplug.memory.policy import MLPMemory
 from fastplug.memory.runtime import planned
@@ -20,6 +21,7 @@ from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import layer_by_row
 from fastplug.patching.forwards import mlp as mlp_forward
 from fastplug.patching.forwards.blocks import interception
+from fastplug.patching.forwards.layer_plans import LayerPlan, layer_plan
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
@@ -32,26 +34,37 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     family, runtime = binding.family, binding.runtime
     if runtime.options.residual_dtype is not None:
         x = x.to(getattr(torch, runtime.options.residual_dtype))
+    # The plan is made before anything runs: a cache must not be updated twice, nor random numbers drawn twice.
+    reason = attention_forward.uncovered(kwargs) or interception(layer, ())
+    if reason is not None:
+        return NotCovered(reason)
+    plan = layer_plan(layer, binding, x, lambda: _read(layer, family, runtime, x))
+    if isinstance(plan, str):
+        return NotCovered(plan)
+    mlp = plan.mlp
+    if memory is not None:
+        mlp = replace(mlp, keep_gate_up=memory.keep_gate_up, tile_rows=memory.tile_rows)
+    attention: nn.Module = getattr(layer, family.attention_name)
+    mixed, stream, _ = attention_forward.run(plan.attention, attention, family, runtime, x, kwargs)
+    out = gated_mlp(mlp, mixed, stream, plan.mlp_norm)
+    return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
+
+
+def _read(layer: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor) -> LayerPlan | str:
+    """Read the layer's modules as they are now, or say why the fused path does not cover them."""
     attention, mlp = getattr(layer, family.attention_name), getattr(layer, family.mlp_name)
     reason = interception(layer, (family.attention_name, family.mlp_name)) or interception(mlp, (family.activation,))
     if reason is not None:
-        return NotCovered(reason)
+        return reason
     before = read_norm(getattr(layer, family.input_norm), family)  # type: ignore[arg-type]
     after = read_norm(getattr(layer, family.post_norm), family)  # type: ignore[arg-type]
     if isinstance(before, str) or isinstance(after, str):
-        return NotCovered(f"a norm {before if isinstance(before, str) else after}")
-    # Both plans are made before anything runs: a cache must not be updated twice, nor random numbers drawn twice.
-    attention_plan = attention_forward.plan(attention, family, runtime, x, before, kwargs)
+        return f"a norm {before if isinstance(before, str) else after}"
+    attention_plan = attention_forward.plan(attention, family, runtime, x, before)
     if isinstance(attention_plan, str):
-        return NotCovered(attention_plan)
+        return attention_plan
     mlp_plan = mlp_forward.plan(mlp, family, runtime, x, after[1])
-    if isinstance(mlp_plan, str):
-        return NotCovered(mlp_plan)
-    if memory is not None:
-        mlp_plan = replace(mlp_plan, keep_gate_up=memory.keep_gate_up, tile_rows=memory.tile_rows)
-    mixed, stream, _ = attention_forward.run(attention_plan, attention, family, runtime, x, kwargs)
-    out = gated_mlp(mlp_plan, mixed, stream, after[0])
-    return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
+    return mlp_plan if isinstance(mlp_plan, str) else LayerPlan(attention_plan, mlp_plan, after[0])
 
 
 def refuse(site: Site, runtime: Runtime) -> str | None:

@@ -117,7 +117,9 @@ def plan(
         norms.append(norm)
     before, attention_post, between, mlp_post = norms
     inside = None if callable(before) or _shares_norm(layer, family) else before
-    attention_plan = attention_forward.plan(attention, family, runtime, x, inside, kwargs)
+    attention_plan = attention_forward.uncovered(kwargs) or attention_forward.plan(
+        attention, family, runtime, x, inside
+    )
     if isinstance(attention_plan, str):
         return attention_plan
     mlp_plan: MLP | str = None

@@ -1,0 +1,87 @@
+"""What a decoder layer was read as, for as long as all that it was read from is as it was.
+
+Reading its modules and adapters takes Python about as long as the layer's forward takes a fast GPU in FP8; to see that
+nothing has changed takes a quarter of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import nn
+
+from fastplug.graphs.fingerprint import Fingerprint
+from fastplug.ops.lora.gated_mlp import GatedMLP
+from fastplug.patching.bind import REMEMBERED
+from fastplug.patching.forwards.attention import Plan
+from fastplug.patching.sites import Binding
+
+STATES = 4  # of a layer that are known at a time: in training and evaluation, with its adapters and without
+CHANGES = 8  # after so many a layer is read at every call
+
+
+class LayerPlan(NamedTuple):
+    """A decoder layer as it is at a call."""
+
+    attention: Plan
+    mlp: GatedMLP
+    mlp_norm: torch.Tensor  # the weight of the norm before the MLP
+
+    def tensors(self) -> Iterator[torch.Tensor | None]:
+        for group in (self.attention.spec.group, self.attention.out, self.mlp.gate_up, self.mlp.down):
+            yield from group.tensors()
+            yield from (projection.magnitude for projection in group.projections)
+
+
+class LayerPlans:
+    """The plans of one layer."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Fingerprint, dict[Hashable, LayerPlan]]] = []
+        self._changes = 0
+
+    def get(self, layer: nn.Module, key: Hashable, read: Callable[[], LayerPlan | str]) -> LayerPlan | str:
+        """The plan, or why there is none: the one of an earlier call with this key, or what ``read`` makes now."""
+        if self._changes > CHANGES:
+            return read()
+        for i, (fingerprint, plans) in enumerate(self._known):
+            if fingerprint.holds(layer):
+                if i:
+                    self._known.insert(0, self._known.pop(i))
+                if key not in plans:
+                    plan = read()
+                    if not _lasts(plan):
+                        return plan
+                    plans[key] = plan
+                return plans[key]
+        plan = read()
+        self._changes += 1
+        if self._changes > CHANGES or getattr(layer, "_is_fsdp_managed_module", False):
+            self._changes = CHANGES + 1  # weights that are sharded lie elsewhere at every call
+            self._known.clear()
+        elif _lasts(plan):
+            self._known = [(Fingerprint(layer), {key: plan}), *self._known][:STATES]
+        return plan
+
+
+def _lasts(plan: LayerPlan | str) -> TypeGuard[LayerPlan]:
+    """Whether nothing in it belongs to one step: several adapters are put together by operations of its graph."""
+    return isinstance(plan, LayerPlan) and all(tensor is None or tensor.is_leaf for tensor in plan.tensors())
+
+
+def layer_plan(
+    layer: nn.Module, binding: Binding, x: torch.Tensor, read: Callable[[], LayerPlan | str]
+) -> LayerPlan | str:
+    """The plan of a layer at this call with input x; ``read`` reads it from the layer's modules."""
+    recording = binding.runtime.graphs is not None and binding.runtime.graphs.recording
+    if torch.compiler.is_compiling() or recording:  # in a recording other parameters stand in for the layer's
+        return read()
+    plans = REMEMBERED.get(layer)
+    if plans is None:
+        plans = REMEMBERED[layer] = LayerPlans()
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    key = (binding.runtime.ops, x.dtype, x.device, autocast, torch.is_grad_enabled())
+    return plans.get(layer, key, read)  # type: ignore[no-any-return]

@@ -1,0 +1,172 @@
+"""A decoder layer is read once, and again where anything that it was read from has changed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastplug
+from fastplug.patching.bind import REMEMBERED
+from fastplug.patching.forwards import decoder_layer, layer_plans
+from tests import models
+from tests.engine.step import relative
+from tests.engine.test_graphs import changes, layers
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that were read."""
+    found: list[Any] = []
+    original = decoder_layer._read
+
+    def reads(layer: Any, *args: Any) -> Any:
+        found.append(layer)
+        return original(layer, *args)
+
+    monkeypatch.setattr(decoder_layer, "_read", reads)
+    return found
+
+
+def gradients(model: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**models.batch(), **kwargs).loss
+    if loss.requires_grad:
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def agree(ours: Any, theirs: Any) -> None:
+    mine, truth = gradients(ours), gradients(theirs)
+    assert mine.keys() == truth.keys()
+    for name, value in truth.items():
+        assert relative(mine[name], value) <= 2e-5, name
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_a_layer_is_read_once(read: list[Any], kind: str) -> None:
+    model = models.lora(models.plain()) if kind == "lora" else models.qlora()
+    fastplug.apply(model, graphs="off")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        gradients(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(0.9)  # as an optimizer's step does
+    assert len(read) == len(layers(model))
+
+
+@pytest.mark.parametrize(("name", "change"), list(changes()), ids=lambda value: value if isinstance(value, str) else "")
+def test_what_changes_is_read_again(read: list[Any], name: str, change: Callable[[Any], Any]) -> None:
+    theirs = models.lora(models.plain())
+    ours = copy.deepcopy(theirs)
+    fastplug.apply(ours, graphs="off")
+    agree(ours, theirs)
+    read.clear()
+    for model in (ours, theirs):
+        change(model)
+    agree(ours, theirs)
+    assert read, name
+    agree(ours, theirs)
+
+
+def test_states_that_come_back_are_known(read: list[Any]) -> None:
+    """In DPO the reference is the model without its adapter, in every step."""
+    theirs = models.lora(models.plain(), lora_dropout=0.0)
+    ours = copy.deepcopy(theirs)
+    fastplug.apply(ours, graphs="off")
+    for _ in range(layer_plans.CHANGES):
+        agree(ours, theirs)
+        with torch.no_grad(), ours.disable_adapter(), theirs.disable_adapter():
+            long = models.batch(2, 80)  # fewer tokens are those of a generation
+            assert torch.allclose(ours(**long).loss, theirs(**long).loss)
+        for model in (ours, theirs):
+            model.eval()
+        agree(ours, theirs)
+        for model in (ours, theirs):
+            model.train()
+    assert len(read) == 3 * len(layers(ours))
+
+
+def test_autocast_and_other_dtypes_have_plans_of_their_own(read: list[Any]) -> None:
+    model = models.lora(models.plain())
+    fastplug.apply(model, graphs="off")
+    wide = gradients(model)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = gradients(model)["loss"]
+    assert wide != narrow
+    assert gradients(model)["loss"] == wide
+    assert len(read) == 2 * len(layers(model))
+
+
+def test_several_adapters_are_put_together_in_every_step(read: list[Any]) -> None:
+    model = models.lora(models.plain())
+    models.add(model)
+    model.base_model.set_adapter(["default", "other"])
+    theirs = copy.deepcopy(model)
+    fastplug.apply(model, graphs="off")
+    for _ in range(2):
+        agree(model, theirs)
+    assert len(read) == 2 * len(layers(model))
+
+
+def test_what_never_stays_is_not_compared_for_long(read: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.lora(models.plain())
+    fastplug.apply(model, graphs="off")
+    compared: list[Any] = []
+    original = layer_plans.Fingerprint.holds
+    monkeypatch.setattr(
+        layer_plans.Fingerprint, "holds", lambda self, layer: compared.append(1) or original(self, layer)
+    )
+    for step in range(layer_plans.CHANGES + 4):
+        layers(model)[0].mlp.up_proj.scaling["default"] = 1.0 + step
+        gradients(model)
+    assert read.count(layers(model)[0]) == layer_plans.CHANGES + 4
+    compared.clear()
+    gradients(model)
+    assert len(compared) == len(layers(model)) - 1
+
+
+def test_nothing_keeps_a_model_or_an_undone_layer() -> None:
+    model = models.lora(models.plain())
+    applied = fastplug.apply(model, graphs="off")
+    gradients(model)
+    assert all(layer in REMEMBERED for layer in layers(model))
+    applied.undo()
+    assert not any(layer in REMEMBERED for layer in layers(model))
+    fastplug.apply(model, graphs="off")
+    gradients(model)
+    weight = weakref.ref(layers(model)[0].mlp.up_proj.base_layer.weight)
+    applied = None
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        gone = weight() is None
+    finally:
+        gc.enable()
+    gc.collect()
+    assert weight() is None
+    assert gone or _cycles_without_us()
+
+
+def _cycles_without_us() -> bool:
+    """Whether a model of this kind is part of a cycle by itself, so that it waits for the collector anyway."""
+    model = models.lora(models.plain())
+    weight = weakref.ref(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        return weight() is not None
+    finally:
+        gc.enable()
