@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
@@ -38,6 +39,18 @@ class Recorder(Protocol):
         """Give back what warming up has left in the allocator's cache, on the recorder's stream."""
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No cycle is collected meanwhile: to free another model's graphs would end a capture that is in progress."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
 class CUDARecorder:
     """CUDA graphs, recorded on a stream of their own, that share one memory pool.
 
@@ -52,12 +65,22 @@ class CUDARecorder:
 
     def record(self, function: Callable[[], list[torch.Tensor]]) -> Record:
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        try:
-            results = function()
-        finally:
-            graph.capture_end()
+        with _no_collection():
+            try:
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    results = function()
+                finally:
+                    graph.capture_end()
+            except BaseException:
+                self._leave_capture()
+                raise
         return results, graph.replay
+
+    def _leave_capture(self) -> None:
+        """A capture that failed leaves the generator waiting for its end: any dropout from then on is an error."""
+        generator = torch.cuda.default_generators[self.devices[0]]
+        generator.graphsafe_set_state(generator.clone_state())
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -127,6 +127,26 @@ def test_prompts_cost_no_logits_and_no_waiting(graphs: str) -> None:
         assert torch.nn.functional.cosine_similarity(expected[name].flatten(), found[name].flatten(), 0) > 0.99, name
 
 
+def test_a_recording_that_fails_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = replay.KeptGraph._compute
+
+    def waits(self: Any, x: torch.Tensor, aliases: Any) -> torch.Tensor:
+        out = original(self, x, aliases)
+        if torch.cuda.is_current_stream_capturing():
+            out.sum().item()
+        return out
+
+    monkeypatch.setattr(replay.KeptGraph, "_compute", waits)
+    model = build("lora")
+    fastplug.apply(model, graphs="on")
+    for _ in range(4):
+        found = gradients(model, tokens())
+    assert torch.isfinite(found["loss"])
+    (note,) = fastplug.report(model).notes
+    assert "recording" in note
+    assert float(torch.nn.functional.dropout(torch.ones(1000, device="cuda"), 0.5).mean()) == pytest.approx(1, abs=0.2)
+
+
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_replayed_layers_give_the_same_gradients(kind: str, checkpointing: bool) -> None:
@@ -229,6 +249,8 @@ def test_autocast_over_fp32_weights(dtype: torch.dtype) -> None:
     for name in theirs:
         scale = 1.0 if name == "loss" else 1 / 1024
         own = (theirs[name] * scale - truth[name]).norm()
+        if name == "loss":  # a mean, in which the tokens' errors cancel more or less as it happens
+            own += 2**-16 * truth[name].norm()
         assert (mine[name] * scale - truth[name]).norm() <= 2 * own + 1e-5 * truth[name].norm(), name
 
 
