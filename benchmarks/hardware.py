@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "-"
-    found["fastplug"] = os.environ.get("FASTPLUG_COMMIT") or _git("rev-parse", "--short", "HEAD") or "unknown"
+    found["fastplug"] = os.environ.get("FASTPLUG_COMMIT") or _git("describe", "--always", "--dirty") or "unknown"
     return found
 
 

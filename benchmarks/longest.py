@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.hardware import ROOT, called, hardware, versions
 from benchmarks.rows import Row
 from benchmarks.shapes import SHAPES, config
-from benchmarks.smaller_card import smaller_card
+from benchmarks.smaller_card import held_by_others, smaller_card
 from benchmarks.systems import FROM_FOLDER, System
 
 STATES = 4 + 8  # bytes of a trained fp32 parameter's gradient and AdamW moments
@@ -88,7 +88,7 @@ def child(a: argparse.Namespace) -> None:
         except (RuntimeError, ValueError) as error:  # out of memory, or a length that something refuses
             result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
         synchronize()
-        result |= {"seconds": round(time.perf_counter() - started, 1), **peaks()}
+        result |= {"seconds": round(time.perf_counter() - started, 1), **peaks(held_by_others(a.card))}
         print("RESULT", json.dumps(result), flush=True)
         if "error" in result:
             break

@@ -142,11 +142,11 @@ def _gradients(model: Any, loop: Loop) -> dict[str, torch.Tensor]:
     return found
 
 
-def peaks() -> dict[str, float | None]:
-    """GiB: the highest allocation, reservation, and reservation plus context."""
+def peaks(others: int = 0) -> dict[str, float | None]:
+    """GiB: the highest allocation, reservation, and reservation plus context; ``others`` have so many bytes."""
     if not torch.cuda.is_available():
         return {"allocated_gib": None, "reserved_gib": None, "peak_gib": None}
-    reserved, context = torch.cuda.max_memory_reserved(), context_bytes()
+    reserved, context = torch.cuda.max_memory_reserved(), context_bytes() - others
     return {
         "allocated_gib": _gib(torch.cuda.max_memory_allocated()),
         "reserved_gib": _gib(reserved),

@@ -40,3 +40,12 @@ def smaller_card(gib: float | None) -> Iterator[None]:
             yield
         finally:
             holder.stdin.close()
+
+
+def held_by_others(gib: float | None) -> int:
+    """The bytes of the first GPU that :func:`smaller_card` leaves to nobody."""
+    if gib is None:
+        return 0
+    import torch
+
+    return int(torch.cuda.mem_get_info()[1] - gib * 2**30)
