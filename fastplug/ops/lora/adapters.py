@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastplug.ops.lora.matmul import drop, mm, undrop
+from fastplug.ops.lora.matmul import drop, joins, mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
 
 
@@ -66,11 +66,8 @@ class Adapters:
         return block
 
     def tiles(self, tensor: torch.Tensor) -> list[tuple[slice, slice]]:
-        """(rows of y, columns of x Aᵀ) of the products with B.
-
-        One, zeros included, saves launches on a GPU; a CPU has none to save, and a zero takes as long as a number.
-        """
-        if tensor.device.type == "cpu" and len(self.blocks) == self.count:
+        """(rows of y, columns of x Aᵀ) of the products with B; of one for all, zeros included."""
+        if not joins(tensor.device) and len(self.blocks) == self.count:
             return [(rows, columns) for _, rows, columns in self.blocks]
         return [(slice(0, self.out_features), slice(0, self.rank))]
 

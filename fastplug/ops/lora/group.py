@@ -15,7 +15,7 @@ import torch
 from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.kept_weights import KeptWeights, State
-from fastplug.ops.lora.matmul import mm
+from fastplug.ops.lora.matmul import joins, mm
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
 
@@ -213,9 +213,9 @@ class Group:
         """The dense weights: one for all that had to be decoded together."""
         encoded = [p.read() for p in self.projections]
         device = encoded[0].tensors[0].device
-        if any(not weight.stored_densely for weight in encoded) and device.type != "cpu":
+        if any(not weight.stored_densely for weight in encoded) and joins(device):
             matrix, own = self._kept(self.projections, encoded, partial(self.decoded, encoded))
-            return [Weight(matrix, slice(0, self.out_features), own)]  # a CPU gains nothing by one product
+            return [Weight(matrix, slice(0, self.out_features), own)]
         parts, row = [], 0
         for p, weight in zip(self.projections, encoded):
             stored, own = weight.dense(self.dtype), False

@@ -27,3 +27,9 @@ def undrop(x: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor
     if mask is None:
         return x
     return torch.where(mask, x * (1.0 / (1.0 - p)), 0.0) if p < 1 else torch.zeros_like(x)
+
+
+def joins(device: torch.device) -> bool:
+    """Whether projections of one tensor are better computed by one product: it saves launches, of which a CPU has none,
+    and there a zero takes as long as a number."""
+    return device.type != "cpu"

@@ -1,0 +1,28 @@
+"""The benchmark of Python's part of a step."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import host_time
+
+pytestmark = pytest.mark.interpreter
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+
+def launches(layers: int, checkpointed: bool = False) -> int:
+    found = host_time.run(layers, steps=2, checkpointed=checkpointed, options={})
+    assert 0 < found["forward"][1] < found["step"][1] <= found["step"][0]
+    return sum(found["launches"].values())
+
+
+def test_launches_of_a_layer(device: object) -> None:
+    """Eight forward: two norms, RoPE, the gated unit, and four groups of weights decoded. Checkpointed, all but
+    the unit and the last group a second time, and once the gradient of the first layer's input."""
+    if str(device) != "cpu":
+        pytest.skip("counts what is not launched")
+    one, two = launches(1), launches(2)
+    assert two - one == 16
+    assert launches(2, checkpointed=True) == two + 2 * 6 + 2
