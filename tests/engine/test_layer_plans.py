@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import fastplug
+from fastplug.graphs import replay
 from fastplug.patching.bind import REMEMBERED
 from fastplug.patching.forwards import decoder_layer, layer_plans
 from tests import models
 from tests.engine.step import relative
-from tests.engine.test_graphs import changes, layers
+from tests.engine.test_graphs import Stand_in, changes, layers
 
 pytest.importorskip("peft")
 
@@ -134,6 +135,36 @@ def test_what_never_stays_is_not_compared_for_long(read: list[Any], monkeypatch:
     compared.clear()
     gradients(model)
     assert len(compared) == len(layers(model)) - 1
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_a_weight_that_is_replaced_is_freed(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a merge, say, after which nobody may call the layer again."""
+    monkeypatch.setattr(replay, "recorder_for", lambda device: Stand_in())
+    model = models.lora(models.plain())
+    fastplug.apply(model, graphs=graphs)
+    for _ in range(4):
+        gradients(model)
+    base = layers(model)[0].mlp.up_proj.base_layer
+    old = weakref.ref(base.weight)
+    base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+    gc.collect()
+    assert old() is None
+    gradients(model)
+
+
+def test_states_of_other_weights_are_forgotten(read: list[Any]) -> None:
+    model = models.lora(models.plain())
+    fastplug.apply(model, graphs="off")
+    gradients(model)
+    adapter = weakref.ref(layers(model)[0].mlp.up_proj.lora_A["default"].weight)
+    models.add(model)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    gradients(model)
+    gc.collect()
+    assert adapter() is None
+    assert len(read) == 2 * len(layers(model))
 
 
 def test_nothing_keeps_a_model_or_an_undone_layer() -> None:

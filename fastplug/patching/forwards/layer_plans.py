@@ -62,7 +62,8 @@ class LayerPlans:
             self._changes = CHANGES + 1  # weights that are sharded lie elsewhere at every call
             self._known.clear()
         elif _lasts(plan):
-            self._known = [(Fingerprint(layer), {key: plan}), *self._known][:STATES]
+            others = [known for known in self._known if known[0].of_tensors_in(layer)]
+            self._known = [(Fingerprint(layer), {key: plan}), *others][:STATES]
         return plan
 
 
