@@ -44,8 +44,10 @@ class Stage:
 
 STAGES = (
     Stage("kernels", (
-        (150, "pytest -q tests/ops/test_adapted_glu.py tests/ops/test_fp8_share.py "
-              "tests/ops/test_linear_cross_entropy.py"),
+        (200, "pytest -q -n8 tests/ops/test_adapted_glu.py tests/ops/test_nf4.py tests/ops/test_fp8_share.py "
+              "tests/ops/test_linear_cross_entropy.py tests/engine/test_graphs.py tests/gpu/test_step.py "
+              "--deselect=tests/gpu/test_step.py::test_generation_is_not_slower"),
+        (90, "pytest -q tests/gpu/test_first_step.py"),
     )),
     Stage("ops", (
         (90, "benchmarks.ops --only adapted_glu --only formats --only quantize_4bit"),
@@ -64,12 +66,12 @@ STAGES = (
               "--row qlora:2x512 --row lora:2x512 --row qlora:2x512:checkpointed"),
     )),
     Stage("budgets", (
-        (420, "benchmarks.memory --budgets 9GiB,10GiB,12GiB,16GiB,24GiB,40GiB"),
-        (120, "benchmarks.memory --row qlora:2x512 --budgets 9GiB,12GiB,24GiB"),
+        (150, "benchmarks.memory --budgets 9GiB,10GiB,12GiB,16GiB,24GiB,40GiB"),
+        (100, "benchmarks.memory --row qlora:2x512 --budgets 9GiB,12GiB,24GiB"),
     )),
     Stage("long", (
         (260, "benchmarks.memory --row qlora:1x65536 --budgets 23GiB --warmup 2 --steps 1"),
-        (240, "benchmarks.longest --card 79.2 --run fastplug+memory=76GiB=344064,393216 "
+        (180, "benchmarks.longest --card 79.2 --run fastplug+memory=76GiB=344064,393216 "
               "--run unsloth-offload=262144,294912"),
     )),
     Stage("tests", (
