@@ -85,17 +85,17 @@ class Fp8:
     ) -> tuple[torch.Tensor, bool]:
         """The base product, and whether the share has been added to it."""
         fp8 = group.ops.fp8
-        rows, weight = Quantized(*fp8.quantize_rows(x)), self._weight(group, transposed)
+        rows, weight = Quantized(*fp8.quantize_rows(x)), self._weight(group, transposed, x.device)
         y = None if share is None else fp8.product_add(*rows, *weight, *share, group.dtype)
         return (fp8.product(*rows, *weight, group.dtype), False) if y is None else (y, True)
 
-    def _weight(self, group: Group, transposed: bool) -> Quantized:
+    def _weight(self, group: Group, transposed: bool, device: torch.device) -> Quantized:
         def make() -> Quantized:
             return _quantize(group, transposed)
 
         owners = [p.owner for p in group.projections]
         name = "transposed e4m3" if transposed else "e4m3"
-        return self.kept.get(owners, name, group.stored_state, make, group.device)[0]
+        return self.kept.get(owners, name, group.stored_state, make, device)[0]
 
 
 def _quantize(group: Group, transposed: bool) -> Quantized:

@@ -200,11 +200,6 @@ class Group:
             row = end
         return buffer
 
-    @property
-    def device(self) -> torch.device:
-        """Where the stored weights lie."""
-        return self.projections[0].read().tensors[0].device
-
     def stored_state(self) -> State:
         """Where each stored weight lies and which version it is: what is derived from them holds while this does."""
         return _state([p.read() for p in self.projections])
