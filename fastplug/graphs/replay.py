@@ -31,11 +31,11 @@ SHARE = 0.25  # of the memory that is free when recording begins
 # Where the matrix products of a layer alone take longer than Python needs to launch it, a graph gains nothing: 6 ms, at
 # the 400 TFLOP/s that an H100 reaches in bf16. Slower GPUs hide the launches sooner.
 FLOPS = 400e12 * 6e-3
-# Under gradient checkpointing there are half as many launches again, and a host that is slow for a while lets the GPU
-# wait: at 4 x 2048 tokens an H200 had steps of 600 to 660 ms, of which it was busy for 582. Nor is memory the price
-# there, since layers share all that they do not keep. The recordings of long steps that keep would hold all activations
-# for good.
-AGAIN = 4
+# In FP8 products take half the time, and what quantizes adds launches; computing again what was not kept adds as many
+# as the forward has. Keeping is another matter: the recordings of long steps would hold all activations for good. Exact
+# checkpointed layers of that length gain nothing either: at 4 x 2048 tokens an H200 took 602 to 626 ms for a replayed
+# step of Llama-3.1-8B, and 600 to 663 for one that a host launched which was slow for a while.
+FP8_AGAIN = 4
 INPUTS = {"hidden_states", "position_embeddings", "attention_mask", "mlp_memory"}
 HARMLESS = {"position_ids", "cache_position", "use_cache"}  # not read without a cache, under a mask of this kind
 
@@ -181,8 +181,8 @@ def _graph(
         state = binding.graphs = LayerState.of(layer)
     batch, length = kwargs["hidden_states"].shape[:2]
     operations = 4 * batch * length * state.weights
-    longer = key[0] == "checkpointed" and binding.memory is None  # plans count recordings of short steps only
-    short = operations <= FLOPS * (AGAIN if longer else 1) or binding.runtime.options.graphs == "on"
+    limit = FLOPS * (FP8_AGAIN if key[0] == "checkpointed" and _fp8(binding) else 1)
+    short = operations <= limit or binding.runtime.options.graphs == "on"
     if state.off or not short:
         return None
     if not state.fingerprint.holds(layer):
@@ -192,8 +192,8 @@ def _graph(
     known = state.graphs.setdefault(key, [])
     # Where the GPU is busy anyway, padding takes more time than a replay spares.
     padded = padded_length(length) if operations <= FLOPS else -(-length // TILE) * TILE
-    limit = 2 * length if operations <= FLOPS and len(known) >= LENGTHS else padded
-    graph = _fitting(known, length, limit)
+    longest = 2 * length if operations <= FLOPS and len(known) >= LENGTHS else padded
+    graph = _fitting(known, length, longest)
     if graph is not None:
         return None if isinstance(graph, KeptGraph) and graph.busy else graph
     state.calls[key, padded] += 1
@@ -207,10 +207,15 @@ def _graph(
     return graph
 
 
-def _fitting(known: list[LayerGraph], length: int, limit: int) -> LayerGraph | None:
-    """The shortest recording that holds ``length``, if it is not longer than ``limit``."""
+def _fp8(binding: Binding) -> bool:
+    """Whether products are in FP8, without a memory budget: plans count recordings of short steps only."""
+    return binding.runtime.options.compute != "exact" and binding.memory is None
+
+
+def _fitting(known: list[LayerGraph], length: int, longest: int) -> LayerGraph | None:
+    """The shortest recording that holds ``length``, if it is not longer than ``longest``."""
     fitting = min((graph for graph in known if graph.length >= length), key=lambda graph: graph.length, default=None)
-    return fitting if fitting is not None and fitting.length <= limit else None
+    return fitting if fitting is not None and fitting.length <= longest else None
 
 
 def _record(

@@ -166,9 +166,9 @@ def test_replayed_layers_give_the_same_gradients(kind: str, checkpointing: bool)
         assert torch.nn.functional.cosine_similarity(eager[name].flatten(), replayed[name].flatten(), 0) > 0.999, name
 
 
-@pytest.mark.parametrize("compute", ["exact", "fp8", "fp8_backward"])
+@pytest.mark.parametrize("compute", ["fp8", "fp8_backward"])
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_long_checkpointed_layers_are_replayed_to_the_same_bits(
+def test_long_checkpointed_layers_are_replayed_in_fp8_to_the_same_bits(
     kind: str, compute: Any, deterministic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(kind)
