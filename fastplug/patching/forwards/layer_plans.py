@@ -1,7 +1,7 @@
 """What a decoder layer was read as, for as long as all that it was read from is as it was.
 
-Reading its modules and adapters takes Python about as long as the layer's forward takes a fast GPU in FP8; to see that
-nothing has changed takes a quarter of that.
+Reading its modules and adapters takes Python about 0.5 ms, which is a tenth of its part of a step; to see that nothing
+has changed takes a quarter of that.
 """
 
 from __future__ import annotations
