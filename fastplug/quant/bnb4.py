@@ -87,14 +87,14 @@ class BitsAndBytes4:
         return None
 
     def decode(self, weight: EncodedWeight, out: torch.Tensor, ops: OpTable, row_start: int = 0) -> None:
-        packed, absmax, code, *nested = weight.tensors
+        stored = _stored(weight)
         ops.nf4.decode(
-            packed,
-            absmax,
-            code,
+            stored.packed,
+            stored.absmax,
+            stored.code,
             weight.layout[0],
             out,
-            nested=(*nested, weight.layout[1]) if nested else None,
+            nested=stored.nested,
             row_start=row_start,
         )
 
@@ -103,13 +103,13 @@ class BitsAndBytes4:
         together = getattr(ops.nf4, "decode_all", None)
         if together is None:
             return False
-        blocksize = weights[0].layout[0]
-        stored = []
-        for weight in weights:
-            packed, absmax, code, *nested = weight.tensors
-            outer = (nested[0], nested[1], nested[2], weight.layout[1]) if nested else None
-            stored.append(Stored(packed, absmax, code, outer, weight.shape[0]))
-        return bool(together(stored, blocksize, out))
+        return bool(together([_stored(weight) for weight in weights], weights[0].layout[0], out))
+
+
+def _stored(weight: EncodedWeight) -> Stored:
+    packed, absmax, code, *nested = weight.tensors
+    outer = (nested[0], nested[1], nested[2], weight.layout[1]) if nested else None
+    return Stored(packed, absmax, code, outer, weight.shape[0])
 
 
 def _mismatch(weight: EncodedWeight, linear: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ from fastplug.ops.library import custom_op
 from fastplug.ops.nf4.reference import Nested, Stored, check
 
 MOST = 3  # weights that a launch decodes
+SINGLE = (None, None, None, 0)  # in the place of what double quantization has
 ELEMENTS = 1024  # of a program of the kernel that goes element by element
 
 
@@ -203,7 +204,7 @@ def decode_all(weights: Sequence[Stored], blocksize: int, out: torch.Tensor) -> 
         check(weight.packed, weight.absmax, blocksize, 0, mine, weight.nested)
         if (weight.nested is None) != (nested is None) or weight.packed.storage_offset() % 4:
             return False
-        code2, absmax2, offset, blocksize2 = (None, None, None, 0) if weight.nested is None else weight.nested
+        code2, absmax2, offset, blocksize2 = weight.nested or SINGLE
         if nested is not None and blocksize2 != nested[3]:
             return False
         flat = weight.packed.reshape(-1)
@@ -236,5 +237,5 @@ def decode(
     """See :func:`fastplug.ops.nf4.reference.decode`. Nothing is read back to the host."""
     check(packed, absmax, blocksize, row_start, out, nested)
     check_output("out", out, out.shape)
-    code2, absmax2, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
+    code2, absmax2, offset, blocksize2 = nested or SINGLE
     nf4_decode(packed.reshape(-1), absmax, code, out, code2, absmax2, offset, blocksize, blocksize2, row_start)
