@@ -49,6 +49,9 @@ STAGES = (
               "--deselect=tests/gpu/test_step.py::test_generation_is_not_slower"),
         (90, "pytest -q tests/gpu/test_first_step.py"),
     )),
+    Stage("verify", (
+        (150, "benchmarks.verifying"),
+    )),
     Stage("ops", (
         (90, "benchmarks.ops --only adapted_glu --only formats --only quantize_4bit"),
         (60, "benchmarks.products"),

@@ -1,6 +1,8 @@
 """What FP8 costs in quality: the same fine-tuning with exact and with FP8 products of the frozen base.
 
     python -m benchmarks.fp8_quality --model FOLDER --steps 300 --seeds 5 --out fp8.json
+    python -m benchmarks.fp8_quality --model FOLDER --only-seed 3 --out fp8-3.json      one of several at a time
+    python -m benchmarks.fp8_quality --join fp8-2.json fp8-3.json --out fp8.json
 
 Trains LoRA on a small model on real text (by default the language reference in Python's own help, ``pydoc_data``),
 exactly and with each kind of FP8, from each seed. Prints the loss on held-out text (computed exactly for all), how well
@@ -182,6 +184,24 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def join(files: list[Path], out: Path | None) -> None:
+    """Compare the runs of several files, which have to be of one setting.
+
+    Raises:
+        SystemExit: They are not.
+    """
+    records = [json.loads(file.read_text()) for file in files]
+    settings = [{k: v for k, v in record.items() if k not in ("results", "compared")} for record in records]
+    for file, setting in zip(files, settings):
+        if setting != settings[0]:
+            raise SystemExit(f"{file} is of another setting than {files[0]}: {setting} instead of {settings[0]}")
+    results = {name: result for record in records for name, result in record["results"].items()}
+    print(json.dumps(compared(results)))
+    if out:
+        out.write_text(json.dumps({**settings[0], "compared": compared(results), "results": results}, indent=1))
+        draw(results, out.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
@@ -198,8 +218,13 @@ def main() -> None:
     )
     parser.add_argument("--kinds", default=",".join(KINDS), help="joined by commas (default: all)")
     parser.add_argument("--seeds", type=int, default=2, help="how many, of each kind (default: 2)")
+    parser.add_argument("--only-seed", type=int, help="this one instead")
+    parser.add_argument("--join", type=Path, nargs="+", help="no training: the runs that these files hold, together")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
+    if a.join:
+        join(a.join, a.out)
+        return
     if a.model is None:
         from fastplug.demo.model import default_model
 
@@ -207,7 +232,8 @@ def main() -> None:
     data = pieces(a.model, text_of(a.text), a.length)
     print(f"{data.numel()} tokens of text, {a.steps} steps of {a.batch * a.length}", file=sys.stderr)
     results: dict[str, Any] = {}
-    for seed, kind in itertools.product(range(a.seeds), a.kinds.split(",")):
+    seeds = range(a.seeds) if a.only_seed is None else [a.only_seed]
+    for seed, kind in itertools.product(seeds, a.kinds.split(",")):
         name = f"{kind}, seed {seed}"
         results[name] = {"kind": kind, "seed": seed, **train(a, data, KINDS[kind], seed)}
         shown = {k: v for k, v in results[name].items() if k not in ("losses", "kind", "seed")}

@@ -28,7 +28,7 @@ def test_commands_can_be_called(command: str) -> None:
     parsed = importlib.import_module(module).arguments().parse_args(rest)
     for name in getattr(parsed, "systems", "").split(",") if module == "benchmarks.step" else ():
         System.parse(name)
-    for row in getattr(parsed, "rows", ()):
+    for row in getattr(parsed, "rows", None) or ():
         Row.parse(row)
     for run in getattr(parsed, "run", ()):
         parse(run)

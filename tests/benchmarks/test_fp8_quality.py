@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.fp8_quality import compared
+import pytest
+
+from benchmarks.fp8_quality import compared, join
 from tests import models
 from tests.exporters.texts import tokenizer
 
@@ -43,3 +45,20 @@ def test_the_command(tmp_path: Path) -> None:
     for result in record["results"].values():
         assert len(result["losses"]) == 2
         assert result["cosines"]["1"]["median"] > 0.9
+
+
+def test_files_of_one_setting_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for seed, ends in enumerate([(2.0, 2.003), (2.01, 2.011)]):
+        runs = [{**run(kind, seed, end), "losses": [3.0]} for kind, end in zip(("exact", "fp8"), ends)]
+        record = {"steps": 1, "compared": {}, "results": {f"{one['kind']}, seed {seed}": one for one in runs}}
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps(record))
+    join(files, tmp_path / "joined.json")
+    record = json.loads((tmp_path / "joined.json").read_text())
+    assert list(record["results"]) == ["exact, seed 0", "fp8, seed 0", "exact, seed 1", "fp8, seed 1"]
+    assert record["compared"]["fp8"]["mean_difference"] == 0.002
+    assert json.loads(capsys.readouterr().out) == record["compared"]
+    files[1].write_text(json.dumps({**json.loads(files[1].read_text()), "steps": 2}))
+    with pytest.raises(SystemExit, match="another setting"):
+        join(files, None)
