@@ -2,6 +2,7 @@
 
     python -m benchmarks.host_time --layers 32
     python -m benchmarks.host_time --checkpointed --options '{"memory": "keep"}'
+    python -m benchmarks.host_time --options '{"compute": "fp8"}'
 
 A tiny Llama under LoRA on NF4 weights runs through the launchers of a GPU, on tensors of a CPU that are hardly larger
 than nothing. Triton's interpreter takes the launches and drops them, and products with base weights are left out. What
@@ -64,6 +65,10 @@ def launches_that_do_nothing() -> Iterator[Counter[str]]:
             kernels = importlib.import_module(f"fastplug.ops.adapted_glu.hopper_{direction}")
             name = f"_{direction}_kernel"
             stack.enter_context(mock.patch.object(kernels, name, Nothing(f"adapted_glu{name}")))
+        share = importlib.import_module("fastplug.ops.fp8.share")
+        stack.enter_context(mock.patch.multiple(share, multiprocessors=lambda device: 132, WAVES=0))
+        hopper = importlib.import_module("fastplug.ops.fp8.hopper")
+        stack.enter_context(mock.patch.object(hopper, "_product_kernel", Nothing("_product_kernel")))
         yield launched
 
 

@@ -24,11 +24,11 @@ from fastplug.ops.adapted_glu.tiles import (
     async_load,
     async_store,
     barrier,
-    matrix,
     share,
     slots,
     value_and_slope,
 )
+from fastplug.ops.descriptors import matrix
 from fastplug.ops.launch import on_device
 
 

@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fastplug.ops.adapted_glu.sizes import TILE
-from fastplug.ops.adapted_glu.tiles import WARPS, async_load, async_store, barrier, matrix, share, slots, value
+from fastplug.ops.adapted_glu.tiles import WARPS, async_load, async_store, barrier, share, slots, value
+from fastplug.ops.descriptors import matrix
 from fastplug.ops.launch import on_device
 
 

@@ -11,14 +11,9 @@ the caller, in a fixed order: the same bits each time.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 WARPS = 4
 
@@ -68,20 +63,6 @@ def value_and_slope(g, ACTIVATION: gl.constexpr):
 def share(left, right, like):
     """left rightᵀ as an accumulator."""
     return warpgroup_mma(left, right, like, use_acc=False, is_async=True)
-
-
-def matrix(tensor: torch.Tensor, rows: int, columns: int) -> Any:
-    """The tensor as the copy engine reads and writes it, in tiles of ``rows`` x ``columns``."""
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], _layout(rows, columns, tensor.dtype)
-    )
-
-
-@functools.cache
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
-    """Of a tile in shared memory."""
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
 
 
 def slots(length: int, units: int, programs: int) -> int:

@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastplug.ops.descriptors import matrix
 from fastplug.ops.launch import on_device
 
 BLOCK_K = 128
@@ -261,21 +261,13 @@ def launch(
     block_m, block_n = tile
     (M, K), N, rank, transposed = a.shape, len(b), left.shape[1], right.stride(1) != 1
     block_r = 64 if WHOLE or rank > 32 else 32 if rank > 16 else 16
-    right_rows = _rows(right.t(), block_r, block_n) if transposed else _rows(right, block_n, block_r)
+    right_rows = matrix(right.t(), block_r, block_n) if transposed else matrix(right, block_n, block_r)
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     programs = min(tiles, programs)
     with on_device(a):
         return _product_kernel[(programs,)](
-            _rows(a, block_m, BLOCK_K), _rows(b, block_n, BLOCK_K), _rows(y, block_m, block_n // PARTS),
-            _rows(left, block_m, block_r), right_rows, a_scale, b_scale, M, N, K, alpha, tiles, programs, rank,
+            matrix(a, block_m, BLOCK_K), matrix(b, block_n, BLOCK_K), matrix(y, block_m, block_n // PARTS),
+            matrix(left, block_m, block_r), right_rows, a_scale, b_scale, M, N, K, alpha, tiles, programs, rank,
             transposed, block_m, block_n, BLOCK_K, block_r, stages, group, FETCH_REGISTERS, num_warps=WARPS,
             maxnreg=REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-GLUON = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-def _rows(tensor: torch.Tensor, rows: int, columns: int) -> Any:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
