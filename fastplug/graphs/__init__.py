@@ -15,5 +15,9 @@ What is recorded reads and writes fixed addresses, so a replay is right only whi
 - Sequences are padded on the right to a few lengths; causal attention does not look there, and the gradients of the
   padding are zero.
 
-``layer_graph.py`` holds one recorded layer, ``replay.py`` decides when to record and to replay.
+Long steps gain only in FP8. Where such a step keeps its activations, recordings would stand in the way of everything
+that runs beside it, so they last while call after call is of one size (``state.Steady``).
+
+``layer_graph.py`` holds one recorded layer, ``replay.py`` decides when to record and to replay, ``recording.py`` does
+the former, ``state.py`` has what is remembered from call to call.
 """

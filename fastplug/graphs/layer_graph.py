@@ -17,8 +17,43 @@ Holders = Sequence[tuple[dict[str, "nn.Parameter | None"], str]]
 Gradients = tuple["torch.Tensor | None", list["torch.Tensor | None"]]
 
 
+class Exchange:
+    """What is written just before a replay or read just after it, so that all layers share it: the gradient g of the
+    output, the gradient dx of the input, and, where layers keep nothing, the output, each [batch, length, hidden].
+    """
+
+    g: torch.Tensor
+    dx: torch.Tensor
+    out: torch.Tensor
+
+    def __init__(self) -> None:
+        self.filled = -1  # the sequence length up to which g is filled, beyond which there is padding
+
+    @property
+    def empty(self) -> bool:
+        return not hasattr(self, "g")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+    def fit(self, x: torch.Tensor, out: torch.Tensor, keeps: bool) -> None:
+        """Make room for tensors like these, once; not for the output, if each layer ``keeps`` its own."""
+        if self.empty:
+            self.g, self.dx = torch.zeros_like(out), torch.zeros_like(x)
+            if not keeps:
+                self.out = torch.zeros_like(out)
+
+    def set_gradient(self, g: torch.Tensor) -> None:
+        S = g.shape[1]
+        if self.filled != S:
+            self.g[:, S:].zero_()
+            self.filled = S
+        self.g[:, :S].copy_(g)
+
+
 class Buffers:
-    """What a recording reads: x [batch, length, hidden], cos and sin, the mask, and the gradient g of the output.
+    """What a recording reads: x [batch, length, hidden], cos and sin, and the mask.
 
     Args:
         given: Inputs like those that will come; only shapes (but the length), dtypes and devices count.
@@ -31,11 +66,12 @@ class Buffers:
         self.x = x.new_zeros(x.shape[0], length, x.shape[2])
         self.cos, self.sin = (t.new_zeros(t.shape[0], length, t.shape[2]) for t in (cos, sin))
         self.mask = None if mask is None else mask.new_empty(*mask.shape[:2], length, length)
-        self.g: torch.Tensor | None = None
-        self.out: torch.Tensor | None = None  # these two where layers share the buffers
-        self.dx: torch.Tensor | None = None
         self.filled = -1  # the sequence length that is filled, beyond which there is padding
         self.pad(length)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
     def set(self, given: Given) -> None:
         x, cos, sin, mask = given
@@ -46,16 +82,10 @@ class Buffers:
         if self.mask is not None and mask is not None:
             self.mask[:, :, :S, :S].copy_(mask)
 
-    def set_gradient(self, g: torch.Tensor) -> None:
-        assert self.g is not None
-        self.g[:, : g.shape[1]].copy_(g)
-
     def pad(self, S: int) -> None:
-        """Make everything beyond S padding: zero inputs and gradients, seen by no one, seeing one position."""
+        """Make everything beyond S padding: zero inputs, seen by no one, seeing one position."""
         if self.length > S:
             self.x[:, S:].zero_()
-            if self.g is not None:
-                self.g[:, S:].zero_()
         if self.mask is not None:
             hidden, seen = (False, True) if self.mask.dtype == torch.bool else (torch.finfo(self.mask.dtype).min, 0)
             self.mask.fill_(hidden)
@@ -69,12 +99,16 @@ class LayerGraph:
     Args:
         compute: The layer's fast forward of (x, cos, sin, mask).
         buffers: What it reads.
+        exchange: What it gives, and g; :meth:`warm_up` of the first layer makes room there.
         needs_dx: Whether x gets a gradient.
         holders: (module ``_parameters``, name) of every parameter that gets one.
     """
 
-    def __init__(self, compute: Compute, buffers: Buffers, needs_dx: bool, holders: Holders) -> None:
-        self.compute, self.buffers, self.needs_dx, self.holders = compute, buffers, needs_dx, holders
+    def __init__(
+        self, compute: Compute, buffers: Buffers, exchange: Exchange, needs_dx: bool, holders: Holders
+    ) -> None:
+        self.compute, self.buffers, self.exchange = compute, buffers, exchange
+        self.needs_dx, self.holders = needs_dx, holders
         self.length = buffers.length
 
     def warm_up(self) -> None:
@@ -82,6 +116,7 @@ class LayerGraph:
         aliases = self._aliases()
         x = self.buffers.x.detach().requires_grad_(self.needs_dx)
         out = self._compute(x, aliases)
+        self.exchange.fit(x, out, isinstance(self, KeptGraph))
         torch.autograd.grad(out, self._wanted(x, aliases), torch.zeros_like(out), allow_unused=True)
 
     def eagerly(self, given: Given, g: torch.Tensor) -> Gradients:
@@ -118,8 +153,11 @@ class LayerGraph:
     def _wanted(self, x: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
         return [x, *parameters] if self.needs_dx else [*parameters]
 
-    def _keep(self, found: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Note which gradients there are, and return those."""
+    def _keep(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Note which gradients there are, and return those, the input's where all layers have it."""
+        found = [*grads]
+        if self.needs_dx and found[0] is not None:
+            found[0] = self.exchange.dx.copy_(found[0])
         self._used = [grad is not None for grad in found]
         return [grad for grad in found if grad is not None]
 
@@ -146,8 +184,8 @@ class KeptGraph(LayerGraph):
 
     def record(self, recorder: Recorder) -> None:
         """The autograd graph between the two is kept: it holds the activations."""
-        aliases, buffers = self._aliases(), self.buffers
-        x = buffers.x.detach().requires_grad_(self.needs_dx)
+        aliases, exchange = self._aliases(), self.exchange
+        x = self.buffers.x.detach().requires_grad_(self.needs_dx)
 
         def forward() -> list[torch.Tensor]:
             self._out = self._compute(x, aliases)
@@ -155,11 +193,10 @@ class KeptGraph(LayerGraph):
 
         def backward() -> list[torch.Tensor]:
             wanted = self._wanted(x, aliases)
-            return self._keep(torch.autograd.grad(self._out, wanted, buffers.g, retain_graph=True, allow_unused=True))
+            return self._keep(torch.autograd.grad(self._out, wanted, exchange.g, retain_graph=True, allow_unused=True))
 
         (out,), self._forward = recorder.record(forward)
         self.out = out.detach()
-        buffers.g = torch.zeros_like(self.out)
         grads, self._backward = recorder.record(backward)
         self._sort(grads)
 
@@ -178,7 +215,7 @@ class KeptGraph(LayerGraph):
 
     def backward(self, g: torch.Tensor) -> Gradients:
         """Gradients of x and of the parameters."""
-        self.buffers.set_gradient(g)
+        self.exchange.set_gradient(g)
         self._backward()
         self._owner = None
         return self._copies(g.shape[1])
@@ -197,29 +234,22 @@ class CheckpointedGraph(LayerGraph):
     """
 
     def record(self, recorder: Recorder) -> None:
-        aliases, buffers = self._aliases(), self.buffers
-        x = buffers.x.detach().requires_grad_(self.needs_dx)
+        aliases, exchange = self._aliases(), self.exchange
+        x = self.buffers.x.detach().requires_grad_(self.needs_dx)
         saved, handover = Countdown(), Handover()
         with saved, handover.first():  # how many tensors the layer saves, to know the last one when recording
-            out = self._compute(x, aliases)
-        if buffers.g is None or buffers.out is None or buffers.dx is None:
-            buffers.g, buffers.out, buffers.dx = (torch.zeros_like(tensor) for tensor in (out, out, buffers.x))
-        shared_out, shared_dx = buffers.out, buffers.dx
-        del out
+            self._compute(x, aliases)
 
         def forward() -> list[torch.Tensor]:
             with torch.no_grad(), handover.first():
-                shared_out.copy_(self._compute(x, aliases))
+                exchange.out.copy_(self._compute(x, aliases))
             return list(handover.tensors)
 
         def backward() -> list[torch.Tensor]:
             handover.tensors[:] = self._handed
             with Countdown(saved.count), handover.second():
                 out = self._compute(x, aliases)
-            found = list(torch.autograd.grad(out, self._wanted(x, aliases), buffers.g, allow_unused=True))
-            if self.needs_dx and found[0] is not None:
-                found[0] = shared_dx.copy_(found[0])
-            return self._keep(found)
+            return self._keep(torch.autograd.grad(out, self._wanted(x, aliases), exchange.g, allow_unused=True))
 
         self._handed, self._forward = recorder.record(forward)
         grads, self._backward = recorder.record(backward)
@@ -229,13 +259,12 @@ class CheckpointedGraph(LayerGraph):
         """The layer's output for x [batch, S, hidden] with S <= length, and what its backward wants to have back."""
         self.buffers.set(given)
         self._forward()
-        assert self.buffers.out is not None
-        return self.buffers.out[:, : given[0].shape[1]].clone(), [tensor.clone() for tensor in self._handed]
+        return self.exchange.out[:, : given[0].shape[1]].clone(), [tensor.clone() for tensor in self._handed]
 
     def backward(self, given: Given, handed: list[torch.Tensor], g: torch.Tensor) -> Gradients:
         """Gradients of x and of the parameters, for the inputs of some forward and what it handed over."""
         self.buffers.set(given)
-        self.buffers.set_gradient(g)
+        self.exchange.set_gradient(g)
         if handed:
             torch._foreach_copy_(self._handed, handed)
         self._backward()

@@ -29,6 +29,9 @@ class Recorder(Protocol):
     def record(self, function: Callable[[], list[torch.Tensor]]) -> Record:
         """The function's results, and a call that computes them again in the same tensors."""
 
+    def another(self) -> Recorder:
+        """One with memory of its own, which is free once its recordings are gone."""
+
     def ready(self) -> AbstractContextManager[None]:
         """Where everything that belongs to a recording runs."""
 
@@ -57,11 +60,14 @@ class CUDARecorder:
     They may share it because nothing but tensors that stay referenced lives from one replay to another.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self.device = device
         self.devices = [device.index or 0]
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device) if stream is None else stream
         self.pool = torch.cuda.graph_pool_handle()
+
+    def another(self) -> Recorder:
+        return CUDARecorder(self.device, self.stream)  # cuBLAS has memory for every stream it was used on, for good
 
     def record(self, function: Callable[[], list[torch.Tensor]]) -> Record:
         graph = torch.cuda.CUDAGraph()

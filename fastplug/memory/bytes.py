@@ -270,9 +270,10 @@ def peaks(layer: LayerShape, step: Step, policy: Policy) -> Peaks:
         own = sum(kept(layer, step, Policy.RESIDUAL).values())
         forward = max(_attention_forward(layer, step), own + _mlp_forward(layer, step, policy))
     forward = max(forward, held + row)
-    if step.replayed(layer, policy):  # a recording has its own output, gradients and, where it keeps, buffers
-        more = layer.gradient_bytes + (0 if policy.checkpoints else 3 * row)
-        return Peaks(held + more, 0, forward + more, backward + more, 4 * row if policy.checkpoints else 0)
+    if step.replayed(layer, policy):  # a recording has its own gradients and, where it keeps, its own output
+        more = layer.gradient_bytes + (0 if policy.checkpoints else row)
+        shared = (4 if policy.checkpoints else 2) * row  # gradients of output and input; input and output
+        return Peaks(held + more, 0, forward + more, backward + more, shared)
     if policy.offloads:
         stays, pinned = _offloaded(layer, step, policy)
         return Peaks(stays, pinned, forward, backward, (STAGED - 1) * held)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastplug.graphs import recorder, replay
+from fastplug.graphs import recorder, state
 from fastplug.memory.calibration import Agreed
 from fastplug.memory.costs import LayerCosts
 from fastplug.memory.plan import Plan
@@ -62,8 +62,8 @@ class Recordings:
                     shape = key[1], graph.length
                     if shape in self.costs:
                         layer, again = self.costs[shape][index], key[0] == "checkpointed"
-                        found[shape] = found.get(shape, _shared(self.costs[shape]) if again else 0)
-                        # Without its activations a recording holds gradients, and buffers that all layers share.
+                        # Without its activations a recording holds gradients, beside buffers that all layers share.
+                        found.setdefault(shape, _shared(self.costs[shape]))
                         found[shape] += layer.gradients if again else layer[Policy.KEEP].saved
         return found
 
@@ -72,7 +72,7 @@ class Recordings:
         if shape not in self.costs or shape in held:
             return False
         self._eager[shape] += 1
-        return self._eager[shape] == replay.EAGER_CALLS + 1
+        return self._eager[shape] == state.EAGER_CALLS + 1
 
     def forget(self) -> None:
         """Let go of all recordings; what is still to be recorded is."""

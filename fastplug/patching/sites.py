@@ -41,7 +41,7 @@ class Runtime:
     ops: OpTable
     codecs: Sequence[Codec]
     codec_of: dict[Any, Any] = field(default_factory=dict)
-    graphs: Any = None  # fastplug.graphs.replay.Shared, once a layer was asked
+    graphs: Any = None  # fastplug.graphs.state.Shared, once a layer was asked
     offload: Any = None  # fastplug.memory.offload.Offloader, once a layer's input was offloaded
     memory: Any = None  # fastplug.memory.runtime.Planner, where the options ask for a plan
     fp8: Fp8 | None = None  # where base products are computed in FP8
@@ -89,7 +89,7 @@ class Binding:
     fallbacks: Counter[str] = field(default_factory=Counter)
     own_forward: Any = None  # a bound copy of the class's forward that the instance carried before
     stands_in_for: Any = None  # somebody else's forward of the instance, which runs where ours does not
-    graphs: Any = None  # fastplug.graphs.replay.LayerState: what was recorded of the layer; no copy takes it along
+    graphs: Any = None  # fastplug.graphs.state.LayerState: what was recorded of the layer; no copy takes it along
     memory: Any = None  # fastplug.memory.runtime.State: a decoder layer's place in the plan; no copy takes it along
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:

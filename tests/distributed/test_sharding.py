@@ -145,7 +145,7 @@ def test_no_layer_is_lost_by_a_policy_that_takes_the_first_class_of_a_name(odd: 
 
 
 def test_layers_whose_weights_move_are_not_recorded() -> None:
-    from fastplug.graphs.replay import LayerState
+    from fastplug.graphs.state import LayerState
 
     model = shard(make("lora"))
     layer = model.get_base_model().model.layers[0]

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import fastplug
-from fastplug.graphs import replay
+from fastplug.graphs import replay, state
+from fastplug.graphs.layer_graph import Exchange
 from fastplug.graphs.recorder import Memory
 from fastplug.ops.lora.adapted_unit import Unit
 from fastplug.patching.sites import KEY
@@ -43,6 +44,9 @@ class Stand_in:
                 result.detach().copy_(value.detach())
 
         return results, again
+
+    def another(self) -> Stand_in:
+        return Stand_in()
 
     def ready(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -376,6 +380,111 @@ def test_long_steps_are_recorded_without_padding(device: torch.device, monkeypat
     assert recorded(replayed) == [1152]  # on the coarse grid of short steps it would be 1280
 
 
+@pytest.fixture
+def long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of any length are long ones, which FP8 is to record: matrices as small as these count for 0."""
+    monkeypatch.setattr(replay, "FLOPS", -1.0)
+    monkeypatch.setattr(replay, "FP8", 0.0)
+
+
+def fp8_pair(device: torch.device) -> tuple[Any, Any]:
+    eager = models.lora(models.plain("llama")).to(device, torch.bfloat16)
+    replayed = copy.deepcopy(eager)
+    fastplug.apply(eager, graphs="off", compute="fp8")
+    fastplug.apply(replayed, compute="fp8")
+    return eager, replayed
+
+
+def held(model: Any) -> list[int]:
+    return [sum(map(len, layer.__dict__[KEY].graphs.graphs.values())) for layer in layers(model)]
+
+
+@pytest.mark.usefixtures("long")
+def test_long_fp8_steps_of_one_size_are_recorded(device: torch.device) -> None:
+    eager, replayed = fp8_pair(device)
+    batches = [batch(device, 128, seed=i) for i in range(5)]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert recorded(replayed) == [128]
+    agree(eager, replayed)
+
+
+@pytest.mark.usefixtures("long")
+def test_long_steps_whose_forward_is_exact_are_left_alone(device: torch.device) -> None:
+    model = models.lora(models.plain("llama")).to(device, torch.bfloat16)
+    fastplug.apply(model, compute="fp8_backward")
+    train(model, [batch(device, 128)] * 4)
+    assert held(model) == [0] * len(layers(model))
+
+
+@pytest.mark.usefixtures("long")
+def test_recordings_of_long_steps_are_let_go_where_another_call_comes(device: torch.device) -> None:
+    """The memory that they hold for good may be what it needs."""
+    eager, replayed = fp8_pair(device)
+    a, b = batch(device, 128), batch(device, 64)
+    for model in (eager, replayed):
+        train(model, [a] * 4)
+    assert held(replayed) == [1] * len(layers(replayed))
+    losses = [train(model, [b, a, a]) for model in (replayed, eager)]
+    assert held(replayed) == [0] * len(layers(replayed))  # it takes three calls in a row
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert train(replayed, [a]) == pytest.approx(train(eager, [a]), rel=1e-5)
+    assert held(replayed) == [1] * len(layers(replayed))
+    with torch.no_grad():
+        replayed.eval()(**a)
+    assert held(replayed) == [0] * len(layers(replayed))
+    replayed.train()
+    agree(eager, replayed)
+
+
+@pytest.mark.usefixtures("long")
+def test_recordings_of_long_steps_that_wait_for_a_backward_outlast_another_call(device: torch.device) -> None:
+    eager, replayed = fp8_pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device)] * 4)
+        loss = model(**batch(device)).loss
+        model(**batch(device, 90)).loss.backward()
+        loss.backward()
+    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
+        if theirs.grad is not None:
+            assert relative(mine.grad, theirs.grad) <= BOUND, name
+
+
+@pytest.mark.usefixtures("long")
+def test_long_steps_that_alternate_are_soon_left_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, replayed = fp8_pair(device)
+    batches = [batch(device, 128)] * 3 + [batch(device, 64)] * 3
+    monkeypatch.setattr(state, "CHANGES", 2)
+    for model in (eager, replayed):
+        train(model, batches * 3)
+    steady = layers(replayed)[0].__dict__[KEY].runtime.graphs.steady
+    assert (steady.changes, steady.off) == (3, True)
+    assert held(replayed) == [0] * len(layers(replayed))
+    agree(eager, replayed)
+
+
+@pytest.mark.usefixtures("long")
+def test_too_little_memory_for_long_steps_leaves_short_ones_recorded(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager, replayed = fp8_pair(device)
+    kind = type(replay.recorder_for(device))
+    sizes = iter([Memory(0, 0, 1000 << 20), Memory(300 << 20, 300 << 20, 0)])
+    monkeypatch.setattr(kind, "memory", lambda self: next(sizes))
+    batches = [batch(device, seed=i) for i in range(5)]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert held(replayed) == [0] * len(layers(replayed))
+    assert any("launched layer by layer" in note for note in fastplug.report(replayed).notes)
+    assert layers(replayed)[0].__dict__[KEY].runtime.graphs.off is None
+
+
+def test_padding_of_a_shared_gradient_is_zero() -> None:
+    exchange = Exchange()
+    exchange.fit(torch.empty(1, 8, 2), torch.empty(1, 8, 2), keeps=True)
+    exchange.set_gradient(torch.ones(1, 6, 2))
+    exchange.set_gradient(torch.ones(1, 3, 2))
+    assert exchange.g[0, :, 0].tolist() == [1.0] * 3 + [0.0] * 5
+
+
 def test_checkpointed_layers_with_dropout_are_left_alone(device: torch.device) -> None:
     """Two replays of a forward would draw two masks."""
     _, replayed = pair(device, lora_dropout=0.3)
@@ -407,13 +516,13 @@ def test_a_failing_recording_turns_graphs_off(device: torch.device, monkeypatch:
     assert "not permitted" in note
 
 
-@pytest.mark.parametrize("after", [Memory(200, 200, 800), Memory(10, 400, 600)])  # of each layer's own, and shared
+@pytest.mark.parametrize("after", [Memory(200 << 20, 200 << 20, 0), Memory(10 << 20, 400 << 20, 0)])  # own, and shared
 def test_too_little_memory_turns_graphs_off(
     after: Memory, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eager, replayed = pair(device)
     kind = type(replay.recorder_for(device))
-    sizes = iter([Memory(0, 0, 1000), after])
+    sizes = iter([Memory(0, 0, 1000 << 20), after])
     monkeypatch.setattr(kind, "memory", lambda self: next(sizes))
     batches = [batch(device, seed=i) for i in range(5)]
     assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 
 import fastplug
 from fastplug.graphs import replay
+from fastplug.graphs.state import matrix_elements
 from fastplug.patching.sites import KEY
 
 pytest.importorskip("peft")
@@ -64,7 +66,7 @@ def tokens(rows: int = 2, length: int = 256, seed: int = 1) -> torch.Tensor:
 
 def weights(model: Any) -> int:
     """Elements of the first decoder layer's matrices, as recording counts them."""
-    return replay._weights(model.get_base_model().model.layers[0])
+    return matrix_elements(model.get_base_model().model.layers[0])
 
 
 def gradients(model: Any, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -168,24 +170,52 @@ def test_replayed_layers_give_the_same_gradients(kind: str, checkpointing: bool)
 
 @pytest.mark.parametrize("compute", ["fp8", "fp8_backward"])
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_long_checkpointed_layers_are_replayed_in_fp8_to_the_same_bits(
-    kind: str, compute: Any, deterministic: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_long_layers_are_replayed_in_fp8_to_the_same_bits(
+    kind: str, compute: Any, checkpointing: bool, deterministic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(kind)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     found, x = {}, tokens(2, 512)
     for graphs in ("off", "auto"):
         monkeypatch.setattr(replay, "FLOPS", 0.0 if graphs == "off" else 4 * x.numel() * weights(model) / 2)
         applied = fastplug.apply(model, compute=compute, graphs=graphs)
         for _ in range(4):
             found[graphs] = gradients(model, x)
-        layer = model.get_base_model().model.layers[0]
-        assert bool(layer.__dict__[KEY].graphs and layer.__dict__[KEY].graphs.graphs) == (graphs == "auto")
+        assert recordings(model) == (graphs == "auto" and (checkpointing or compute == "fp8"))
         applied.undo()
     assert found["off"].keys() == found["auto"].keys()
     for name, value in found["off"].items():
         assert torch.equal(value, found["auto"][name]), name
+
+
+def recordings(model: Any) -> bool:
+    """Whether the first decoder layer is recorded."""
+    state = model.get_base_model().model.layers[0].__dict__[KEY].graphs
+    return bool(state and any(state.graphs.values()))
+
+
+def test_recordings_of_long_steps_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build("lora"), tokens(2, 512)
+    monkeypatch.setattr(replay, "FLOPS", 4 * x.numel() * weights(model) / 2)
+    fastplug.apply(model, compute="fp8")
+    taken = []
+    for _ in range(4):
+        gradients(model, x)
+        model.zero_grad(set_to_none=True)
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream, for good
+        taken.append(torch.cuda.memory_allocated())
+    assert recordings(model)
+    assert taken[3] > taken[1] + 4 * x.numel() * model.config.hidden_size * 2  # what two layers keep, at the very least
+    with torch.no_grad():
+        model(input_ids=x, labels=x)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert not recordings(model)
+    assert torch.cuda.memory_allocated() <= taken[1] + (1 << 20)
+    assert torch.cuda.memory_reserved() <= torch.cuda.memory_allocated() + (64 << 20)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
