@@ -38,6 +38,8 @@ def replayed(fast: FastForward) -> FastForward:
 
     @functools.wraps(fast)
     def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return fast(layer, binding, *args, **kwargs)
         shared = _shared(binding)
         if shared.recorder is None or shared.off is not None:
             return fast(layer, binding, *args, **kwargs)
@@ -120,10 +122,9 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], device: tor
 
 
 def _watched() -> bool:
-    """Whether something watches or changes the ops as they run: tracing, a capture, modes, anomaly detection."""
+    """Whether something watches or changes the ops as they run: a capture, modes, anomaly detection."""
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.is_anomaly_enabled()
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

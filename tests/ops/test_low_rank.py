@@ -28,8 +28,12 @@ def test_as_accurate_as_pytorch(op, device, dtype, shape, rank, alpha):
     y, x, b = (torch.randn(s, device=device).to(dtype) for s in (shape, (shape[0], rank), (shape[1], rank)))
     truth = y.double() + alpha * x.double() @ b.double().t()
     theirs = torch.addmm(y, x, b.t(), alpha=alpha)
+    before = y.clone()
+    elsewhere = op.added(y, x, b, alpha)
+    assert torch.equal(y, before)
     op.add(y, x, b, alpha)
     assert_as_accurate([y], [theirs], [truth])
+    assert_as_accurate([elsewhere], [theirs], [truth])
 
 
 @pytest.mark.parametrize("pad", [3, 8])
@@ -41,12 +45,16 @@ def test_strided_operands_and_nothing_outside_the_view(op, device, pad):
     op.add(buffer[:, :40], x, b)
     torch.testing.assert_close(buffer[:, :40], before[:, :40] + x @ b.t())
     assert torch.equal(buffer[:, 40:], before[:, 40:])
+    out = op.added(before[:, :40], x, b)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, before[:, :40] + x @ b.t())
 
 
 def test_nothing_to_add(op, device):
     y = torch.randn(4, 6, device=device)
     before = y.clone()
     op.add(y, torch.empty(4, 0, device=device), torch.empty(6, 0, device=device))
+    assert torch.equal(op.added(y, torch.empty(4, 0, device=device), torch.empty(6, 0, device=device)), before)
     op.add(y[:0], torch.empty(0, 3, device=device), torch.empty(6, 3, device=device))
     assert torch.equal(y, before)
 
@@ -54,3 +62,4 @@ def test_nothing_to_add(op, device):
 def test_custom_op(device):
     y, x, b = torch.randn(5, 32, device=device), torch.randn(5, 4, device=device), torch.randn(32, 4, device=device)
     torch.library.opcheck(kernel.low_rank_add.op, (y, x, b, 0.5))
+    torch.library.opcheck(kernel.low_rank_added.op, (y, x, b, 0.5, torch.empty_like(y)))

@@ -48,11 +48,7 @@ class Adapters:
     def _stacked_a(self) -> torch.Tensor:
         """[rank, in_features] in the compute dtype."""
         parts = [p.a.detach() for p, _, _ in self.blocks if p.a is not None]
-        if len(parts) == 1:
-            return parts[0].to(self.dtype)
-        stacked = parts[0].new_empty(self.rank, self.in_features, dtype=self.dtype)
-        torch._foreach_copy_(list(stacked.split([len(a) for a in parts])), parts)
-        return stacked
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
 
     def _block_b(self) -> torch.Tensor:
         """[out_features, rank] in the compute dtype, block-diagonal."""

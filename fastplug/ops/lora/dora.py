@@ -102,6 +102,9 @@ class DoraGroup(Group):
             return self._biased(out, factor)
         return self._biased(self._columns(z, scale, factor=factor), factor)
 
+    def onto(self, start: torch.Tensor, x: torch.Tensor, kept: Kept, factor: float) -> torch.Tensor:
+        return self.products(x, kept, start.clone(), factor)
+
     def knowing(self, kept: Kept, output: torch.Tensor) -> Kept:
         """``kept`` with y [tokens, out_features], from which z follows."""
         return kept if self.adapted.dropout else kept._replace(output=output)

@@ -131,10 +131,11 @@ class GatedMLPFunction(torch.autograd.Function):
         del gate_up, unit
         if not spec.joined and spec.norm is not None:
             return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)
-        start = h.clone() if spec.norm is not None and h.dtype == dtype else None
-        out = spec.down.products(hidden, down_kept, out=start, factor=spec.factor)
-        if spec.norm is not None and start is None:
-            out = h + out
+        if spec.norm is not None and h.dtype == dtype:
+            out = spec.down.onto(h, hidden, down_kept, spec.factor)
+        else:
+            out = spec.down.products(hidden, down_kept, factor=spec.factor)
+            out = out if spec.norm is None else h + out
         return torch.ops.aten._unsafe_view(out, x.shape)  # no view: FSDP2 warns of modules that return one
 
     @staticmethod

@@ -90,7 +90,22 @@ class Group:
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        start = self.adapted.add(out, kept, start, factor)
+        return self._based(out, x, self.adapted.add(out, kept, start, factor), factor)
+
+    def onto(self, start: torch.Tensor, x: torch.Tensor, kept: Kept, factor: float) -> torch.Tensor:
+        """start + factor · y in a new tensor, given :meth:`adapters`.
+
+        ``start`` [tokens, out_features] is of the compute dtype.
+        """
+        base = None if self.fp8 is None else self.fp8.output(self, x, kept)
+        if base is not None:
+            return self._biased(torch.add(start, base, alpha=factor), factor)
+        if kept.xa is None or kept.b is None:
+            return self._based(start.clone(), x, True, factor)
+        return self._based(self.ops.low_rank.added(start, kept.xa, kept.b, factor), x, True, factor)
+
+    def _based(self, out: torch.Tensor, x: torch.Tensor, start: bool, factor: float) -> torch.Tensor:
+        """factor · (x Wᵀ + bias) in ``out``, added to what is there if ``start``."""
         for weight, rows, _ in self._weights():
             out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         return self._biased(out, factor)

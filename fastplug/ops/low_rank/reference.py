@@ -1,4 +1,4 @@
-"""y += alpha · x bᵀ in plain PyTorch: LoRA's update of a product that is there already (Hu et al. 2021)."""
+"""y + alpha · x bᵀ in plain PyTorch, in y or elsewhere: LoRA's update of what is there already (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def add(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -
         alpha: A factor.
     """
     y.addmm_(x, b.t(), alpha=alpha)
+
+
+def added(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    """y + alpha · x bᵀ [M, N], contiguous, of the same tensors as :func:`add`; ``y`` stays as it is."""
+    return torch.addmm(y, x, b.t(), alpha=alpha)
