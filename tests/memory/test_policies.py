@@ -112,13 +112,16 @@ def test_attention_runs_again_only_where_the_policy_says_so(device: torch.device
 def products(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     """The groups whose base products have run."""
     seen: list[Group] = []
-    original: Callable[..., Any] = Group.products
 
-    def counted(group: Group, *args: Any, **kwargs: Any) -> Any:
-        seen.append(group)
-        return original(group, *args, **kwargs)
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(group: Group, *args: Any, **kwargs: Any) -> Any:
+            seen.append(group)
+            return original(group, *args, **kwargs)
 
-    monkeypatch.setattr(Group, "products", counted)
+        return call
+
+    for name in ("products", "onto"):  # the latter adds them to the residual stream
+        monkeypatch.setattr(Group, name, counted(getattr(Group, name)))
     return seen
 
 
