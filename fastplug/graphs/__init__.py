@@ -19,5 +19,6 @@ Long steps gain only in FP8. Where such a step keeps its activations, recordings
 that runs beside it, so they last while call after call is of one size (``state.Steady``).
 
 ``layer_graph.py`` holds one recorded layer, ``replay.py`` decides when to record and to replay, ``recording.py`` does
-the former, ``state.py`` has what is remembered from call to call.
+the former, ``state.py`` has what is remembered from call to call. ``compiling.py`` has a layer's kernels compiled
+before the first one runs, with what a recording is warmed up by.
 """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Exchange, KeptGraph, LayerGraph
+from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Compute, Exchange, KeptGraph, LayerGraph
 from fastplug.graphs.recorder import Memory, Recorder
 from fastplug.graphs.state import Key, Shared
 from fastplug.ops.recompute import Countdown
@@ -23,6 +23,22 @@ class Uncovered(Exception):
     """The fast forward left a call that was to be recorded to the original one."""
 
 
+def computing(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], fast: FastForward) -> Compute:
+    """The layer's output as a function of x, cos, sin and the mask.
+
+    It raises :class:`Uncovered` where the fast forward leaves such a call to the original one.
+    """
+
+    def compute(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        result = fast(layer, binding, hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask, **told)
+        if type(result) is NotCovered:
+            raise Uncovered(result.reason)
+        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+
+    told = {name: kwargs[name] for name in ("mlp_memory",) if name in kwargs}
+    return compute
+
+
 def record(
     layer: nn.Module,
     binding: Binding,
@@ -32,13 +48,7 @@ def record(
     fast: FastForward,
     steady: bool,
 ) -> LayerGraph | None:
-    def compute(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        result = fast(layer, binding, hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask, **told)
-        if type(result) is NotCovered:
-            raise Uncovered(result.reason)
-        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
-
-    told = {name: kwargs[name] for name in ("mlp_memory",) if name in kwargs}
+    compute = computing(layer, binding, kwargs, fast)
     recorder, exchange = _place(shared, shape, steady)
     x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
     holders = [

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastplug.graphs.compiling import compile_ahead, possible, worthwhile
 from fastplug.graphs.layer_graph import KeptGraph, LayerGraph
 from fastplug.graphs.nodes import Checkpointed, Kept
 from fastplug.graphs.recorder import recorder_for
-from fastplug.graphs.recording import record
+from fastplug.graphs.recording import computing, record
 from fastplug.graphs.state import Key, LayerState, Shared
 from fastplug.ops.document_attention import DocumentMask
 from fastplug.ops.recompute import checkpointing
@@ -41,9 +42,16 @@ def replayed(fast: FastForward) -> FastForward:
         if torch.compiler.is_compiling():
             return fast(layer, binding, *args, **kwargs)
         shared = _shared(binding)
-        if shared.recorder is None or shared.off is not None:
+        ahead = shared.ahead and type(layer) not in shared.compiled
+        off = shared.recorder is None or shared.off is not None
+        if off and not ahead:
             return fast(layer, binding, *args, **kwargs)
         kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
+        if ahead and worthwhile(layer, binding, kwargs):
+            shared.compiled.add(type(layer))
+            compile_ahead(computing(layer, binding, kwargs, fast), layer, kwargs)
+        if off:
+            return fast(layer, binding, **kwargs)
         key = _key(layer, binding, kwargs, shared.device)
         shared.steady.see(_size(layer, kwargs))
         graph = None if key is None else _graph(layer, binding, shared, key, kwargs, fast)
@@ -70,7 +78,7 @@ def _shared(binding: Binding) -> Shared:
     if runtime.graphs is None:
         on = runtime.options.graphs != "off"
         device = torch.device(binding.report.device)
-        runtime.graphs = Shared(recorder_for(device) if on else None, device)
+        runtime.graphs = Shared(recorder_for(device) if on else None, device, ahead=possible(device))
     return runtime.graphs  # type: ignore[no-any-return]
 
 

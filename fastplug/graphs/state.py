@@ -97,6 +97,8 @@ class Shared:
     off: str | None = None  # why nothing is recorded any more
     recording: bool = False
     warmed: set[Any] = field(default_factory=set)
+    ahead: bool = False  # whether kernels are compiled before the first layer of a kind runs
+    compiled: set[type] = field(default_factory=set)  # kinds for which that is done
     buffers: dict[Any, Buffers] = field(default_factory=dict)  # of layers under gradient checkpointing
     exchanges: dict[Any, Exchange] = field(default_factory=dict)
     steady: Steady = field(default_factory=Steady)

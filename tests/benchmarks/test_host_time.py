@@ -20,7 +20,8 @@ def launches(layers: int, checkpointed: bool = False) -> int:
 
 def test_launches_of_a_layer(device: object) -> None:
     """Nine forward: two norms, RoPE, the gated unit, four groups of weights decoded, and the share of the last one's
-    adapter. Checkpointed, all but the unit and the last group a second time, and once the gradient of the first layer's input."""
+    adapter. Checkpointed, all but the unit, the last group and its share a second time, and once the gradient of the
+    first layer's input."""
     if str(device) != "cpu":
         pytest.skip("counts what is not launched")
     one, two = launches(1), launches(2)

@@ -28,6 +28,7 @@ from fastplug.ops.adapted_glu.tiles import (
     slots,
     value_and_slope,
 )
+from fastplug.ops.ahead import launched
 from fastplug.ops.descriptors import matrix
 from fastplug.ops.launch import on_device
 
@@ -281,7 +282,7 @@ def launch(
     ab_parts = torch.zeros(count, 3, N, rank, dtype=torch.float32, device=d_out.device)
     tensors = (d_out, gate_up[:, :N], gate_up[:, N:], d_gate_up[:, :N], d_gate_up[:, N:])
     with on_device(gate_up):
-        _backward_kernel[(programs,)](
+        launched(_backward_kernel, (programs,))(
             *(matrix(t, TILE, TILE) for t in tensors), *(matrix(t, TILE, rank) for t in (*xa, gb, *b)),
             matrix(a, rank, TILE), gb_parts, ab_parts, T, N, token_blocks, units, programs, activation, rank, sub,
             stages, num_warps=WARPS, enable_fp_fusion=True,

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fastplug.ops.adapted_glu.sizes import TILE
 from fastplug.ops.adapted_glu.tiles import WARPS, async_load, async_store, barrier, share, slots, value
+from fastplug.ops.ahead import launched
 from fastplug.ops.descriptors import matrix
 from fastplug.ops.launch import on_device
 
@@ -144,7 +145,7 @@ def launch(
     programs = min(tiles, residents * processors)
     xa_parts = torch.zeros(slots(blocks, tiles, programs), T, rank, dtype=torch.float32, device=out.device)
     with on_device(gate_up):
-        _forward_kernel[(programs,)](
+        launched(_forward_kernel, (programs,))(
             *(matrix(t, TILE, TILE) for t in (gate_up[:, :N], gate_up[:, N:], out)),
             *(matrix(t, TILE, rank) for t in (*xa, *b)), matrix(a, rank, TILE), xa_parts, T, blocks, tiles, programs,
             activation, rank, stages, num_warps=WARPS, enable_fp_fusion=True,

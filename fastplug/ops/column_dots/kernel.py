@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.column_dots import reference
 from fastplug.ops.launch import on_device, persistent_programs, unit_stride
 from fastplug.ops.library import custom_op
@@ -47,7 +48,7 @@ def column_dots_partial(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> 
     """Write the sums of len(out) stretches of rows into ``out``."""
     rows, columns = x.shape
     with on_device(x):
-        _column_dots_kernel[(triton.cdiv(columns, COLUMNS), len(out))](
+        launched(_column_dots_kernel, (triton.cdiv(columns, COLUMNS), len(out)))(
             x, y, out, x.stride(0), y.stride(0), rows, columns, triton.cdiv(rows, len(out)), ROWS, COLUMNS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

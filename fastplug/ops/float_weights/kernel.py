@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.float_weights.reference import Layout, check
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit
@@ -120,7 +121,7 @@ def float_decode(
     if E > 1:
         words = codes.view(torch.int32) if codes.storage_offset() % 4 == 0 else codes.clone().view(torch.int32)
     with on_device(out):
-        _kernel[(triton.cdiv(rows, BN), triton.cdiv(K, BW * E))](
+        launched(_kernel, (triton.cdiv(rows, BN), triton.cdiv(K, BW * E)))(
             words, scales, outer, out, K // E, scale_n, scale_g, stride // unit, row_start, rows, K, K // E,
             FORMATS[value], FORMATS[scale], divide, high, wide, E, unit, BN, BW, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.descriptors import matrix
 from fastplug.ops.launch import on_device
 
@@ -265,7 +266,7 @@ def launch(
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     programs = min(tiles, programs)
     with on_device(a):
-        return _product_kernel[(programs,)](
+        return launched(_product_kernel, (programs,))(
             matrix(a, block_m, BLOCK_K), matrix(b, block_n, BLOCK_K), matrix(y, block_m, block_n // PARTS),
             matrix(left, block_m, block_r), right_rows, a_scale, b_scale, M, N, K, alpha, tiles, programs, rank,
             transposed, block_m, block_n, BLOCK_K, block_r, stages, group, FETCH_REGISTERS, num_warps=WARPS,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.fp8 import reference, share
 from fastplug.ops.fp8.reference import FP8, LARGEST
@@ -84,7 +85,7 @@ def fp8_quantize_rows(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> 
     unit = stride_unit(x.stride(0))
     block = min(ROW_BLOCK, power_of_2(K))
     with on_device(x):
-        _rows_kernel[(M,)](
+        launched(_rows_kernel, (M,))(
             x, q, scale, x.stride(0) // unit, K, LARGEST, unit, block,
             num_warps=max(4, min(16, block // config(x.device).per_warp(x.element_size()))), enable_fp_fusion=True,
         )  # fmt: skip
@@ -98,7 +99,7 @@ def fp8_quantize_columns(w: torch.Tensor, scale: torch.Tensor, q: torch.Tensor) 
         return
     unit = stride_unit(w.stride(0), q.stride(0))
     with on_device(w):
-        _columns_kernel[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](
+        launched(_columns_kernel, (triton.cdiv(N, TILE), triton.cdiv(K, TILE)))(
             w, scale, q, w.stride(0) // unit, q.stride(0) // unit, N, K, LARGEST, unit, TILE, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.glu.reference import check_activation
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit, unit_stride
@@ -138,7 +139,7 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activat
     rows, block = tile(N, gate.dtype, gate.device)
     column_blocks = triton.cdiv(N, block)
     with on_device(gate):
-        _forward_kernel[(triton.cdiv(M, rows) * column_blocks,)](
+        launched(_forward_kernel, (triton.cdiv(M, rows) * column_blocks,))(
             gate, up, out, *strides, M, N, column_blocks,
             ACTIVATION=activation, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -161,7 +162,7 @@ def glu_backward(
     rows, block = tile(N, gate.dtype, gate.device)
     column_blocks = triton.cdiv(N, block)
     with on_device(gate):
-        _backward_kernel[(triton.cdiv(M, rows) * column_blocks,)](
+        launched(_backward_kernel, (triton.cdiv(M, rows) * column_blocks,))(
             dout, gate, up, dgate, dup, out, *strides, M, N, column_blocks,
             ACTIVATION=activation, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

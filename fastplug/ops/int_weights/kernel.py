@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.int_weights import reference
 from fastplug.ops.int_weights.reference import Layout, check
@@ -275,7 +276,7 @@ def int_decode(
             tile = tile if g_idx is None else tile // 2  # a scale of its own for each code takes registers
             BN = min(tile // (words * E), power_of_2(rows))
             grid = (triton.cdiv(rows, BN), triton.cdiv(K, words * E))
-            _along_k[grid](
+            launched(_along_k, grid)(
                 codes, scales, zeros, g_idx, out, code_n, code_w, *numbers, -(-K // E), len(scales), factor, *flags,
                 width, E, unit, BN, words, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
@@ -285,7 +286,7 @@ def int_decode(
             E, BK = power_of_2(parts), min(columns, power_of_2(K), 64)  # eight words of a row fill a sector
             touched = (row_start + rows - 1) // parts - row_start // parts + 1 if awq else M
             BM = max(min(tile // (E * BK), power_of_2(touched)), 1)
-            _along_n[(triton.cdiv(touched, BM), triton.cdiv(K, BK))](
+            launched(_along_n, (triton.cdiv(touched, BM), triton.cdiv(K, BK)))(
                 codes, scales, zeros, out, code_m, code_k, *numbers, M, len(scales), factor, *flags, awq, parts, E,
                 unit, BM, BK, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip

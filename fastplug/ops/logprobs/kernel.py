@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.launch import on_device
 from fastplug.ops.library import custom_op
@@ -230,7 +231,7 @@ def _launch_logprobs(
     pre, post = _factors(logit_scale, softcap, temperature)
     block, warps = _launch_shape(logits.shape[1], logits.device, softcap)
     with on_device(logits):
-        _logprobs_kernel[(logits.shape[0],)](
+        launched(_logprobs_kernel, (logits.shape[0],))(
             logits,
             targets,
             logprob,
@@ -330,7 +331,7 @@ def token_logprobs_backward(
     pre, post = _factors(logit_scale, softcap, temperature)
     block, warps = _launch_shape(logits.shape[1], logits.device, softcap)
     with on_device(logits):
-        _backward_kernel[(logits.shape[0],)](
+        launched(_backward_kernel, (logits.shape[0],))(
             logits,
             targets,
             statistics,

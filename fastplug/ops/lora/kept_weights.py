@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from fastplug.ops import ahead
+
 SHARE = 0.5  # of the device's memory that has to stay free for weights to be kept of fastplug's own accord
 RENEWALS = 4  # of one form, after which its weights are taken to move all the time
 
@@ -60,6 +62,8 @@ class KeptWeights:
         """
         if self.keep is False or torch.compiler.is_compiling() or any(owner is None for owner in owners):
             return make(), False  # a compiler knows no addresses
+        if ahead.going():
+            return make(), False  # garbage
         key, now = (name, *map(id, owners)), state()
         entry = self._entries.get(key)
         if entry is not None:

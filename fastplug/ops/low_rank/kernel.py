@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
 
@@ -73,7 +74,7 @@ def _launch(out: torch.Tensor, y: torch.Tensor, x: torch.Tensor, b: torch.Tensor
     unit = stride_unit(y.stride(0), out.stride(0))
     column_blocks = triton.cdiv(N, COLUMNS)
     with on_device(y):
-        _add_kernel[(triton.cdiv(M, ROWS) * column_blocks,)](
+        launched(_add_kernel, (triton.cdiv(M, ROWS) * column_blocks,))(
             out, y, x, b, out.stride(0) // unit, y.stride(0) // unit, *x.stride(), *b.stride(), M, N, x.shape[1],
             alpha, column_blocks, UNIT=unit, ROWS=ROWS, COLUMNS=COLUMNS, RANK=max(16, power_of_2(x.shape[1])),
             num_warps=WARPS, enable_fp_fusion=True,

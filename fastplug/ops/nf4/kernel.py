@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, stride_unit
 from fastplug.ops.library import custom_op
@@ -182,13 +183,13 @@ def nf4_decode(
     with on_device(out):
         if K % 8 == 0 and packed.storage_offset() % 4 == 0 and words < 2**31:
             unit = stride_unit(stride)
-            _word_kernel[(triton.cdiv(words, words_each),)](
+            launched(_word_kernel, (triton.cdiv(words, words_each),))(
                 packed[:whole].view(torch.int32), absmax, code, code2, absmax2, offset, out, stride // unit, row_start,
                 words, K // 8, blocksize // 8, blocksize2, stride == K, unit, words_each, num_warps=4,
                 enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            _element_kernel[(triton.cdiv(N * K, ELEMENTS),)](
+            launched(_element_kernel, (triton.cdiv(N * K, ELEMENTS),))(
                 packed, absmax, code, code2, absmax2, offset, out, stride, row_start, N * K, K,
                 blocksize, blocksize2, ELEMENTS, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
@@ -217,7 +218,7 @@ def decode_all(weights: Sequence[Stored], blocksize: int, out: torch.Tensor) -> 
     programs = [triton.cdiv(count, words_each) for count in words]
     missing = MOST - len(weights)
     with on_device(out):
-        _stacked_kernel[(sum(programs),)](
+        launched(_stacked_kernel, (sum(programs),))(
             *operands, *[None] * (6 * missing), out, *words, *[0] * missing, programs[0], sum(programs[:2]),
             blocksize // 8, 0 if nested is None else nested[3], words_each, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

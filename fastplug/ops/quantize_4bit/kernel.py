@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.launch import on_device
 from fastplug.ops.library import custom_op
@@ -133,7 +134,7 @@ def quantize_4bit_blocks(
     """Write the codes and scales of ``weight`` [n] into ``packed`` and ``absmax``."""
     blocks = max(config(weight.device).decoded // blocksize, 1)
     with on_device(weight):
-        _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+        launched(_quantize_kernel, (triton.cdiv(absmax.numel(), blocks),))(
             weight, packed, absmax, weight.numel(), kind == "nf4", blocksize, blocks, _approximate(weight), num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -145,7 +146,7 @@ def quantize_4bit_scales(
 ) -> None:
     """Write the codes and scales of ``absmax`` - ``offset`` into ``found`` and ``absmax2``."""
     with on_device(absmax):
-        _scales_kernel[(absmax2.numel(),)](
+        launched(_scales_kernel, (absmax2.numel(),))(
             absmax, offset, table, found, absmax2, absmax.numel(), codes.NESTED_BLOCKSIZE, _approximate(absmax),
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

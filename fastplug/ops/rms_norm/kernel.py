@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, persistent_programs, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
@@ -129,7 +130,7 @@ def rms_norm_forward(
     unit = stride_unit(*strides)
     rows, block, warps = tile(N, x.dtype, x.device)
     with on_device(x):
-        _forward_kernel[(triton.cdiv(M, rows),)](
+        launched(_forward_kernel, (triton.cdiv(M, rows),))(
             x, residual, weight, y, h, rstd, *(s // unit for s in strides), M, N, eps, offset,
             CAST_FIRST=cast_first, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -155,7 +156,7 @@ def rms_norm_backward(
     rows, block, warps = tile(N, h.dtype, h.device)
     programs = triton.cdiv(M, rows) if partial is None else partial.shape[0]
     with on_device(h):
-        _backward_kernel[(programs,)](
+        launched(_backward_kernel, (programs,))(
             dy, h, rstd, weight, dh, dx, partial, *(s // unit for s in strides), M, N, offset,
             UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip

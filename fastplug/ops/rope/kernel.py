@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.launch import check_output, on_device, persistent_programs, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
@@ -195,7 +196,7 @@ def rope_forward(
     strides, unit = _strides([q, k, q_out, k_out], cos)
     rest = shape["REST"] > 0
     with on_device(q):
-        _forward_kernel[(B * S,)](
+        launched(_forward_kernel, (B * S,))(
             q, k, cos, sin, q_out, k_out, q_weight, k_weight, *strides, S, eps, offset,
             Q_COPY_REST=rest and not (q_weight is None and _same(q, q_out)),
             K_COPY_REST=rest and not (k_weight is None and _same(k, k_out)),
@@ -229,7 +230,7 @@ def rope_backward(
     strides, unit = _strides([dq, dk, dq_out, dk_out, q, k], cos)
     rest = shape["REST"] > 0
     with on_device(dq):
-        _backward_kernel[(B * S if partial is None else partial.shape[0],)](
+        launched(_backward_kernel, (B * S if partial is None else partial.shape[0],))(
             dq, dk, cos, sin, dq_out, dk_out, q, k, q_weight, k_weight, partial, *strides, B * S, S, eps, offset,
             Q_COPY_REST=rest and not (q_weight is None and _same(dq, dq_out)),
             K_COPY_REST=rest and not (k_weight is None and _same(dk, dk_out)),

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastplug.ops.ahead import launched
 from fastplug.ops.configs import ACCESS, WARP, config
 from fastplug.ops.launch import on_device, power_of_2, stride_unit, unit_stride
 from fastplug.ops.library import custom_op
@@ -74,7 +75,7 @@ def scale_matrix(
     rows, block = tile(N, x.dtype, x.device)
     column_blocks = triton.cdiv(N, block)
     with on_device(x):
-        _scale_kernel[(triton.cdiv(M, rows) * column_blocks,)](
+        launched(_scale_kernel, (triton.cdiv(M, rows) * column_blocks,))(
             x, scale, out, x.stride(0) // unit, out.stride(0) // unit, M, N, factor, column_blocks,
             BY_ROW=by_row, ACCUMULATE=accumulate, UNIT=unit, ROWS=rows, BLOCK_N=block, num_warps=4,
             enable_fp_fusion=True,
