@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastplug.graphs.layer_graph import Buffers, Compute, Exchange, KeptGraph
+from fastplug.graphs.layer_graph import Buffers, Compute, Exchange, KeptGraph, holders_of
 from fastplug.ops import ahead
 from fastplug.ops.recompute import Countdown, checkpointing
 from fastplug.patching.sites import Binding
@@ -46,16 +46,10 @@ def worthwhile(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> bo
 def compile_ahead(compute: Compute, layer: nn.Module, kwargs: dict[str, Any]) -> None:
     """Compile what ``compute`` of (x, cos, sin, mask) and its backward launch."""
     x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
-    holders = [
-        (module._parameters, name)
-        for module in layer.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad
-    ]
     devices = [x.device.index] if x.is_cuda else []
     try:
         buffers = Buffers((x.detach(), cos, sin, kwargs.get("attention_mask")), x.shape[1])
         with torch.random.fork_rng(devices), Countdown(), ahead.compiling():
-            KeptGraph(compute, buffers, Exchange(), True, holders).warm_up()
+            KeptGraph(compute, buffers, Exchange(), True, holders_of(layer)).warm_up()
     except Exception as error:  # whatever it is, the step itself shows it, or does without
         logger.debug("fastplug: kernels were not compiled ahead: %s", error)

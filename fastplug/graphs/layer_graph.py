@@ -93,6 +93,16 @@ class Buffers:
         self.filled = S
 
 
+def holders_of(layer: nn.Module) -> Holders:
+    """(module ``_parameters``, name) of every parameter in a layer that gets a gradient."""
+    return [
+        (module._parameters, name)
+        for module in layer.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
 class LayerGraph:
     """What both ways of recording have in common.
 
@@ -101,7 +111,7 @@ class LayerGraph:
         buffers: What it reads.
         exchange: What it gives, and g; :meth:`warm_up` of the first layer makes room there.
         needs_dx: Whether x gets a gradient.
-        holders: (module ``_parameters``, name) of every parameter that gets one.
+        holders: See :func:`holders_of`.
     """
 
     def __init__(

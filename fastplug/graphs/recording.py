@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Compute, Exchange, KeptGraph, LayerGraph
+from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Compute, Exchange, KeptGraph, LayerGraph, holders_of
 from fastplug.graphs.recorder import Memory, Recorder
 from fastplug.graphs.state import Key, Shared
 from fastplug.ops.recompute import Countdown
@@ -51,12 +51,7 @@ def record(
     compute = computing(layer, binding, kwargs, fast)
     recorder, exchange = _place(shared, shape, steady)
     x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
-    holders = [
-        (module._parameters, name)
-        for module in layer.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad
-    ]
+    holders = holders_of(layer)
     first = (type(layer), shape) not in shared.warmed or exchange.empty
     shared.recording = True
     try:
