@@ -36,6 +36,8 @@ def worthwhile(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> bo
         return False
     if not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
         return False
+    if type(kwargs.get("attention_mask")) not in (type(None), torch.Tensor):
+        return False  # a mask that is made when it is read
     if checkpointing() == "hooks" or torch.is_anomaly_enabled() or getattr(layer, "_is_fsdp_managed_module", False):
         return False
     if torch._C._current_graph_task_id() != -1 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
