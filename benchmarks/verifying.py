@@ -33,12 +33,12 @@ def verified(shape: str, system: System, row: Row, layers: int | None, compare: 
     model = load(system, shape, layers, row, "").train()
     tokens = torch.randint(3, model.config.vocab_size, (row.batch, row.sequence), device=model.device)
     result = fastplug.verify(model, {"input_ids": tokens, "labels": tokens}, layers=compare)
-    ratios = sorted(row.ratio for row in result.rows if row.ratio is not None)
+    ratios = sorted(found.ratio for found in result.rows if found.ratio is not None)
     return {
         "shape": shape, "system": system.name, "row": str(row), "ok": result.ok, "comparisons": len(result.rows),
         "largest_ratio": round(ratios[-1], 3) if ratios else None,
         "median_ratio": round(ratios[len(ratios) // 2], 3) if ratios else None,
-        "failed": [f"{row.kind} of {row.name}: {row.error:.2e}, allowed {row.limit:.2e}" for row in result.failed[:10]],
+        "failed": [f"{bad.kind} of {bad.name}: {bad.error:.2e}, allowed {bad.limit:.2e}" for bad in result.failed[:10]],
         "dead": len(result.dead), "notes": list(result.notes), "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastplug.graphs.layer_graph import Buffers, Compute, Exchange, KeptGraph, holders_of
+from fastplug.graphs.state import Shared
 from fastplug.ops import ahead
 from fastplug.ops.recompute import Countdown, checkpointing
 from fastplug.patching.sites import Binding
@@ -29,29 +30,30 @@ def possible(device: torch.device) -> bool:
 
 
 def worthwhile(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> bool:
-    """Whether a call of a layer is a training step's that nothing watches and that may take a little more memory: not
-    under a budget, nor where weights are elsewhere until the layer runs."""
-    x, positions = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
-    if not layer.training or not torch.is_grad_enabled() or binding.memory is not None or binding.family.mixture:
+    """Whether a layer that is trained on may run once more, and take a little more memory: not under a budget, nor
+    where weights are elsewhere until the layer runs, nor inside another backward."""
+    x = kwargs["hidden_states"]
+    if binding.memory is not None or binding.family.mixture or torch._C._current_graph_task_id() != -1:
         return False
-    if not isinstance(x, torch.Tensor) or x.dim() != 3 or not isinstance(positions, tuple):
+    if not isinstance(kwargs.get("position_embeddings"), tuple) or checkpointing() == "hooks":
         return False
     if type(kwargs.get("attention_mask")) not in (type(None), torch.Tensor):
         return False  # a mask that is made when it is read
-    if checkpointing() == "hooks" or torch.is_anomaly_enabled() or getattr(layer, "_is_fsdp_managed_module", False):
+    if getattr(layer, "_is_fsdp_managed_module", False):
         return False
-    if torch._C._current_graph_task_id() != -1 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False  # a backward inside another one
     return all(p.numel() and p.device == x.device and not distributed(p) for p in layer.parameters())
 
 
-def compile_ahead(compute: Compute, layer: nn.Module, kwargs: dict[str, Any]) -> None:
+def compile_ahead(compute: Compute, layer: nn.Module, kwargs: dict[str, Any], shared: Shared) -> None:
     """Compile what ``compute`` of (x, cos, sin, mask) and its backward launch."""
     x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
     devices = [x.device.index] if x.is_cuda else []
+    shared.recording = True
     try:
         buffers = Buffers((x.detach(), cos, sin, kwargs.get("attention_mask")), x.shape[1])
         with torch.random.fork_rng(devices), Countdown(), ahead.compiling():
             KeptGraph(compute, buffers, Exchange(), True, holders_of(layer)).warm_up()
     except Exception as error:  # whatever it is, the step itself shows it, or does without
         logger.debug("fastplug: kernels were not compiled ahead: %s", error)
+    finally:
+        shared.recording = False

@@ -33,10 +33,6 @@ class Exchange:
     def empty(self) -> bool:
         return not hasattr(self, "g")
 
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
-
     def fit(self, x: torch.Tensor, out: torch.Tensor, keeps: bool) -> None:
         """Make room for tensors like these, once; not for the output, if each layer ``keeps`` its own."""
         if self.empty:
@@ -69,10 +65,6 @@ class Buffers:
         self.filled = -1  # the sequence length that is filled, beyond which there is padding
         self.pad(length)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
-
     def set(self, given: Given) -> None:
         x, cos, sin, mask = given
         S = x.shape[1]
@@ -91,6 +83,11 @@ class Buffers:
             self.mask.fill_(hidden)
             self.mask[:, :, :, 0] = seen
         self.filled = S
+
+
+def bytes_of(tensors: Exchange | Buffers) -> int:
+    """What they take of the device's memory."""
+    return sum(value.nbytes for value in vars(tensors).values() if isinstance(value, torch.Tensor))
 
 
 def holders_of(layer: nn.Module) -> Holders:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Compute, Exchange, KeptGraph, LayerGraph, holders_of
+from fastplug.graphs.layer_graph import (
+    Buffers,
+    CheckpointedGraph,
+    Compute,
+    Exchange,
+    KeptGraph,
+    LayerGraph,
+    bytes_of,
+    holders_of,
+)
 from fastplug.graphs.recorder import Memory, Recorder
 from fastplug.graphs.state import Key, Shared
 from fastplug.ops.recompute import Countdown
@@ -56,13 +65,13 @@ def record(
     shared.recording = True
     try:
         with recorder.ready(), Countdown():  # in place of the hooks of torch.utils.checkpoint
-            before, common = recorder.memory(), exchange.nbytes
+            before, common = recorder.memory(), bytes_of(exchange)
             given = (x, cos, sin, kwargs.get("attention_mask"))
             graph: KeptGraph | CheckpointedGraph
             if shape[0][0] == "checkpointed":
                 if shape not in shared.buffers:
                     shared.buffers[shape] = Buffers(given, shape[1])
-                    common -= shared.buffers[shape].nbytes
+                    common -= bytes_of(shared.buffers[shape])
                 graph = CheckpointedGraph(compute, shared.buffers[shape], exchange, x.requires_grad, holders)
             else:
                 graph = KeptGraph(compute, Buffers(given, shape[1]), exchange, x.requires_grad, holders)
@@ -72,7 +81,7 @@ def record(
                 recorder.trim()
             graph.record(recorder)
             if first:
-                _check_memory(before, recorder.memory(), exchange.nbytes - common, binding)
+                _check_memory(before, recorder.memory(), bytes_of(exchange) - common, binding)
             shared.warmed.add((type(layer), shape))
     except Uncovered:
         return None

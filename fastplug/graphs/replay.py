@@ -47,13 +47,14 @@ def replayed(fast: FastForward) -> FastForward:
         if off and not ahead:
             return fast(layer, binding, *args, **kwargs)
         kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
-        if ahead and worthwhile(layer, binding, kwargs):
+        size = _size(layer, kwargs)
+        if ahead and size is not None and not _watched() and worthwhile(layer, binding, kwargs):
             shared.compiled.add(type(layer))
-            compile_ahead(computing(layer, binding, kwargs, fast), layer, kwargs)
+            compile_ahead(computing(layer, binding, kwargs, fast), layer, kwargs, shared)
         if off:
             return fast(layer, binding, **kwargs)
         key = _key(layer, binding, kwargs, shared.device)
-        shared.steady.see(_size(layer, kwargs))
+        shared.steady.see(size)
         graph = None if key is None else _graph(layer, binding, shared, key, kwargs, fast)
         if graph is None:
             return fast(layer, binding, **kwargs)
@@ -171,7 +172,7 @@ def _graph(
         known.append(graph)
         if steady:
             shared.steady.layers.append((state, key))
-    elif not steady:
+    elif not (steady and shared.steady.off):  # for want of memory short calls are recorded all the same
         state.off = True
     return graph
 

@@ -95,7 +95,7 @@ class Shared:
     recorder: Recorder | None
     device: torch.device
     off: str | None = None  # why nothing is recorded any more
-    recording: bool = False
+    recording: bool = False  # or compiling ahead: other parameters stand in for the layer's
     warmed: set[Any] = field(default_factory=set)
     ahead: bool = False  # whether kernels are compiled before the first layer of a kind runs
     compiled: set[type] = field(default_factory=set)  # kinds for which that is done

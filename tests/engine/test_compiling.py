@@ -13,6 +13,7 @@ import torch
 import fastplug
 from fastplug.graphs import compiling, replay
 from fastplug.ops import ahead
+from fastplug.patching.bind import REMEMBERED
 from fastplug.patching.sites import KEY
 from tests import models
 from tests.ops.test_launch_table import run
@@ -83,7 +84,9 @@ def test_nothing_is_left_behind(name: str, device: torch.device, noted: list[str
     expected = [gradients(model, device) for _ in range(2)]
     assert not shared.compiled
     found = [gradients(twin, device) for _ in range(2)]
-    assert len(replay._shared(twin.get_base_model().model.layers[0].__dict__[KEY]).compiled) == 1
+    (layer,) = twin.get_base_model().model.layers
+    assert len(replay._shared(layer.__dict__[KEY]).compiled) == 1
+    assert REMEMBERED[layer]._changes == REMEMBERED[model.get_base_model().model.layers[0]]._changes  # read no oftener
     if device.type == "cpu":
         assert {"_forward_kernel", "_backward_kernel"} <= set(noted)
     for mine, theirs in zip(found, expected):
