@@ -22,11 +22,12 @@ from fastplug.patching.sites import Binding
 from fastplug.sharding import distributed
 
 logger = logging.getLogger("fastplug")
+USED = False  # until it has run on a GPU: so far kernels were compiled for one that was not there
 
 
 def possible(device: torch.device) -> bool:
-    """Whether layers on a device launch kernels that Triton can compile in threads."""
-    return device.type == "cuda" and ahead.possible()
+    """Whether layers on a device launch kernels that Triton is to compile in threads."""
+    return USED and device.type == "cuda" and ahead.possible()
 
 
 def worthwhile(layer: nn.Module, binding: Binding, kwargs: dict[str, Any]) -> bool:

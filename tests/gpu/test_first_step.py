@@ -21,11 +21,13 @@ PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
 import torch, fastplug
+from fastplug.graphs import compiling
 from tests.gpu.test_step import build, gradients, tokens
 
 def kernels():
     return len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
 
+compiling.USED = sys.argv[3] == "ahead"
 model = build(sys.argv[1], sys.argv[2], layers=2, width=1024)
 torch.cuda.synchronize()
 before, started = kernels(), time.perf_counter()
@@ -44,15 +46,16 @@ print(json.dumps({"seconds": seconds, "first": first - before, "later": kernels(
 """
 
 
+@pytest.mark.parametrize("compiled", ["ahead", "launch by launch"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_first_step_with_an_empty_cache(kind: str, family: str, tmp_path: Path) -> None:
+def test_first_step_with_an_empty_cache(kind: str, family: str, compiled: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", PROGRAM, kind, family]
+    command = [sys.executable, "-c", PROGRAM, kind, family, compiled]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    print(kind, family, found)
+    print(kind, family, compiled, found)
     assert found["seconds"] <= SECONDS, found
     assert 5 <= found["first"] <= 24, found
     assert found["later"] == 0, found
