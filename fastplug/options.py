@@ -40,7 +40,8 @@ class Options:
             memory stays free, but not under ``memory``.
         base_weights: Of a quantized base: ``"decoded"`` decodes its weights for each product; ``"kept"`` decodes them
             once and keeps them in the compute dtype beside their own format, which takes as many bytes as a 16-bit
-            base; ``"auto"`` keeps weights while half of the device's memory stays free, but not under ``memory``.
+            base; ``"auto"`` keeps weights while half of the device's memory stays free, under ``memory`` as many as
+            the plan leaves room for.
         memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what
             is free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted
             as reserved memory plus the CUDA context. ``"keep"`` lets every layer keep all it can use, ``"full"`` has it

@@ -114,6 +114,7 @@ class LayerReader:
             decoded = not (dense and plain and weight.is_floating_point() and weight.element_size() >= 2)
             size = stored_bytes(base)
         rank, itemsize, drops = _adapter(inner) if self.rank is None else (self.rank, 4, False)
+        magnitudes = self.rank is None and _has_magnitudes(inner)
         if self.rank:
             trained = 0
         return LinearShape(
@@ -126,6 +127,7 @@ class LayerReader:
             rank,
             itemsize,
             drops,
+            magnitudes,
         )
 
     def saved_outside(self, base: Any, inside: set[int], head: Any) -> int:
@@ -175,6 +177,12 @@ def _adapter(module: Any) -> tuple[int, int, bool]:
     ranks = [module.lora_A[name].weight for name in names]
     drops = any(getattr(module.lora_dropout[name], "p", 0.0) > 0 for name in names)
     return sum(int(weight.shape[0]) for weight in ranks), ranks[0].element_size(), drops
+
+
+def _has_magnitudes(module: Any) -> bool:
+    """Whether an active adapter is a DoRA."""
+    known = getattr(module, "lora_magnitude_vector", None) or ()
+    return any(name in known for name in getattr(module, "active_adapters", ()))
 
 
 def _norm_names(family: Family) -> tuple[str | None, ...]:

@@ -41,10 +41,16 @@ class Room:
     Args:
         release: Gives cached blocks back to the device, and what waits there to be copied; the bytes of the latter.
         ran_out: Called with the bytes that were missing, once for each time something was dropped.
+        spare: Lets go of what is only kept because there was room; the bytes of it.
     """
 
-    def __init__(self, release: Callable[[], int], ran_out: Callable[[int], None]) -> None:
-        self._release, self._ran_out = release, ran_out
+    def __init__(
+        self,
+        release: Callable[[], int],
+        ran_out: Callable[[int], None],
+        spare: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._release, self._ran_out, self._spare = release, ran_out, spare
         self._waiting: list[weakref.ref[Record]] = []
         self.dropped = 0  # layers whose kept tensors were dropped so far
         self.backwards = 0  # layers whose backward has run
@@ -67,9 +73,10 @@ class Room:
 
         The oldest forwards go first: their backward comes last, so this lasts longest.
         """
-        missing = requested(message)
+        missing, spared = requested(message), self._spare()
         goal, freed, count = missing << attempt, 0, 0
-        for record in self.records():
+        enough = spared > 0 and goal <= spared
+        for record in () if enough else self.records():
             if record.drop():
                 freed, count = freed + record.held, count + 1
                 if freed >= goal and count >= 1 << attempt:
@@ -77,7 +84,7 @@ class Room:
         staged = self._release()
         self.dropped += count
         self._ran_out(max(missing, freed))
-        return count > 0 or staged > 0
+        return count > 0 or staged + spared > 0
 
 
 def retried(room: Room, work: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 OUTSIDE = ("slack", "context")  # parts that PyTorch does not count as allocated
+DECODED = "decoded weights"  # the part of those that stay from step to step
 
 
 @dataclass(frozen=True)

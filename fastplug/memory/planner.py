@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastplug.memory.costs import LayerCosts
 from fastplug.memory.making import Maker
 from fastplug.memory.meter import Meter, meter_for
 from fastplug.memory.oom import Room
-from fastplug.memory.plan import Plan
+from fastplug.memory.plan import DECODED, Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
 from fastplug.memory.recordings import Recordings, possible
@@ -57,7 +58,7 @@ class Planner:
         self.options, self.count = options, len(sites)
         self.off: str | None = None
         self.compiled = False  # layers ran under torch.compile
-        self.room = Room(self._release, self._ran_out)
+        self.room = Room(self._release, self._ran_out, partial(self._limit_weights, 0))
         self.plan: Plan | None = None
         self.plans: dict[Shape, Plan] = {}
         self._followed: dict[Shape, Plan] = {}  # those before the latest agreement
@@ -66,6 +67,7 @@ class Planner:
         self.records = False  # whether layers may be recorded as CUDA graphs
         self.recordings = Recordings(self._by_layer)
         self._beside: dict[Shape, int] = {}  # bytes that recordings of other shapes held when a plan was made
+        self._weights: set[Any] = set()  # decoded ones, of which the plans say how many are kept
         self.meter: Meter | None = None
         self.stock: Stock | None = None
         self._model = weakref.ref(model)
@@ -99,6 +101,10 @@ class Planner:
         if index == self.count - 1:
             self.stock.look()
         return self.plan.policies[index]
+
+    def rest(self) -> None:
+        """A layer runs and nothing is trained: an evaluation finds the memory that it found without a plan."""
+        self._limit_weights(0)
 
     def observe(self, index: int) -> Observation | None:
         """Measure the layer whose forward begins now, if this is a forward to measure."""
@@ -163,6 +169,8 @@ class Planner:
                 stock.lowered //= 2  # what was missing may be there again
             self._urgent = False
             held = sum(self.recordings.held().values())
+            if x.is_cuda:  # on a CPU nobody counts what is decoded
+                held += sum(kept.held for kept in self._weights)
             local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
             self._reading.in_backward = stock.states.in_backward
             agreed = of_all(local, x.device, group)
@@ -174,6 +182,7 @@ class Planner:
         if due:
             self._limit(stock.meter)
         self.plan = plan = self._plan_for(shape, alone=group is None)
+        self._limit_weights(plan.parts.get(DECODED, 0))
         stock.predicted = max(stock.predicted, plan.allocated)
         if plan.total >= TIGHT * plan.budget:
             stock.meter.expand()
@@ -232,6 +241,8 @@ class Planner:
         copies = self._reading.copies(device) if self.options.memory not in FORCED else 1.0
         self.stock = Stock(self.options, self.meter, self.room, trained, Optimizers(trained, device), copies)
         self.recordings.possible = possible(self.options.graphs, device)
+        weights = {binding.runtime.weights for binding in self._bindings()} - {None}
+        self._weights = {kept for kept in weights if kept.limit is not None}
         return self.stock
 
     def _limit(self, meter: Meter) -> None:
@@ -272,6 +283,10 @@ class Planner:
 
     def _offloaders(self) -> set[Any]:
         return {binding.runtime.offload for binding in self._bindings()} - {None}
+
+    def _limit_weights(self, size: int) -> int:
+        """Keep so many bytes of decoded weights; returns those that went."""
+        return sum(kept.limit_to(size) for kept in self._weights)
 
     def _pinned_bytes(self) -> int:
         """Bytes of host memory that are held for offloading."""

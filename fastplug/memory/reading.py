@@ -21,6 +21,7 @@ from fastplug.memory.gpus import CPU, GPU, find, of_memory
 from fastplug.memory.host_memory import copy_rate
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
+from fastplug.memory.times import keeping_ms
 from fastplug.options import Options
 from fastplug.patching.sites import KEY, Site
 from fastplug.sharding import distributed
@@ -47,6 +48,7 @@ class Reading:
         self._gpu: GPU = CPU
         self._keeps_attention: list[bool] = []
         self._share = 1.0  # of the gradients that stays in this process
+        self._sharded = False
         self.in_backward = False  # an optimizer uses the gradients within the backward
 
     def read(self, device: torch.device) -> ModelShape:
@@ -77,6 +79,7 @@ class Reading:
                 f"where they are looked for ({error}); leave memory= out for this model"
             ) from error
         self._share = _share(model.parameters())
+        self._sharded = any(map(distributed, model.parameters()))
         self._keeps_attention = []
         for site, fused in sites:
             binding = site.module.__dict__.get(KEY)
@@ -113,6 +116,14 @@ class Reading:
         """Whether any layer is recorded as CUDA graphs in such a micro-batch, where the device has them."""
         step = Step.of(self.shape, batch, length, gpu=self._gpu, graphs=True)
         return any(step.replayed(layer, Policy.KEEP) for layer in self.shape.layers)
+
+    def decoded(self, batch: int, length: int) -> tuple[int, float]:
+        """Bytes of all decoded weights that can stay from step to step, and the milliseconds that this spares."""
+        if self._options.base_weights != "auto" or self._options.compute != "exact" or self._sharded:
+            return 0, 0.0
+        step = Step.of(self.shape, batch, length, gpu=self._gpu)
+        weights = sum(linear.weights for layer in self.shape.layers for linear in layer.keepable)
+        return weights * step.compute, sum(keeping_ms(layer, step, self._gpu) for layer in self.shape.layers)
 
     def _with_passing_gradients(self, layer: LayerCosts, index: int) -> LayerCosts:
         """A layer's costs where its gradients do not stay as a whole: FSDP keeps a part of them, an optimizer within

@@ -24,6 +24,7 @@ class LinearShape:
         rank: Of its adapter; 0 without one.
         adapter_itemsize: Bytes of an element of A and B.
         drops: Whether its adapter drops its input.
+        magnitudes: Whether its adapter has magnitudes (DoRA).
     """
 
     out_features: int
@@ -35,6 +36,7 @@ class LinearShape:
     rank: int = 0
     adapter_itemsize: int = 4
     drops: bool = False
+    magnitudes: bool = False
 
     @property
     def weights(self) -> int:
@@ -131,6 +133,13 @@ class LayerShape:
     def bytes(self) -> int:
         """What its weights take, adapters left out."""
         return sum(linear.bytes for linear in self.linears) + self.extra_weights
+
+    @property
+    def keepable(self) -> Linears:
+        """Those whose decoded weight can stay from step to step under a plan."""
+        groups = (self.qkv, self.out, self.gate_up, self.down) if self.fused else ()
+        kinds = [group for group in groups if not any(linear.magnitudes for linear in group)]
+        return tuple(linear for group in kinds for linear in group if linear.decoded)
 
     @property
     def adapter_bytes(self) -> int:

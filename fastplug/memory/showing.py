@@ -14,14 +14,14 @@ from rich.text import Text
 
 from fastplug.errors import MissingExtra
 from fastplug.memory.moments import HEAD
-from fastplug.memory.plan import Plan
+from fastplug.memory.plan import DECODED, Plan
 
 if TYPE_CHECKING:
     from fastplug.memory.forecast import Forecast
 
 GiB = 2**30
 COLUMNS = {
-    "weights": ("weights", "adapters"),
+    "weights": ("weights", "adapters", DECODED),
     "optimizer": ("optimizer", "gradients"),
     "activations": ("activations",),
     "logits": ("logits",),

@@ -68,6 +68,11 @@ def layer_ms(layer: LayerShape, step: Step, policy: Policy, gpu: GPU) -> LayerTi
     return LayerTime(forward, backward, copy)
 
 
+def keeping_ms(layer: LayerShape, step: Step, gpu: GPU) -> float:
+    """What decoding takes in a step of the weights that can be kept: forward and backward."""
+    return 2 * _decoding(layer.keepable, step, gpu)
+
+
 def other_ms(shape: ModelShape, step: Step, gpu: GPU) -> float:
     """Embedding, head, loss and optimizer."""
     T, H, V = step.tokens, shape.hidden, shape.vocabulary
@@ -109,4 +114,4 @@ def _elementwise(layer: LayerShape, step: Step, gpu: GPU, passes: _Passes) -> fl
     return gpu.copy_ms(step.tokens * elements * itemsize)
 
 
-__all__ = ["layer_ms", "other_ms"]
+__all__ = ["keeping_ms", "layer_ms", "other_ms"]

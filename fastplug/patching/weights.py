@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastplug.memory.budget import FORCED
 from fastplug.ops.lora.kept_weights import KeptWeights
 from fastplug.options import Options
 from fastplug.patching.sites import Runtime
@@ -17,9 +18,14 @@ def keeping(choice: str, options: Options) -> bool | None:
 
 def prepare(runtime: Runtime) -> str | None:
     """Set the runtime up for ``Options.base_weights``; returns what the report says about it."""
-    keep = keeping(runtime.options.base_weights, runtime.options)
-    if keep is False:
+    options = runtime.options
+    keep = keeping(options.base_weights, options)
+    planned = options.base_weights == "auto" and options.memory not in (None, *FORCED) and options.compute == "exact"
+    if planned:
+        runtime.weights, many = KeptWeights(True, limit=0), "as many as the memory plan has room for"
+    elif keep is False:
         return None
-    runtime.weights = KeptWeights(keep)
-    many = "all" if keep else "as many as leave half of the device's memory free"
+    else:
+        runtime.weights = KeptWeights(keep)
+        many = "all" if keep else "as many as leave half of the device's memory free"
     return f"quantized weights are decoded once and kept in 16 bits beside their own format, {many}"

@@ -24,22 +24,27 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """Whose weights a form was made of, where and which version they were, and the form."""
+    """Whose weights a form was made of, where and which version they were, the form, and its bytes if a tensor."""
 
     owners: list[weakref.ref[object]]
     state: State
     form: Any
+    size: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class KeptWeights:
     """What is kept of one model.
 
     Attributes:
         keep: True, False, or None for as long as half of the device's memory stays free.
+        limit: Bytes that what is kept may take, if a plan says it: see :meth:`limit_to`.
+        held: Bytes that it takes.
     """
 
     keep: bool | None
+    limit: int | None = None
+    held: int = 0
     _entries: dict[Hashable, Entry] = field(default_factory=dict)
     _renewals: Counter[Hashable] = field(default_factory=Counter)
 
@@ -64,26 +69,44 @@ class KeptWeights:
             return make(), False  # a compiler knows no addresses
         if ahead.going():
             return make(), False  # garbage
+        if self.limit is not None and _recording(device):
+            return make(), False  # the next plan may let go of what is kept
         key, now = (name, *map(id, owners)), state()
         entry = self._entries.get(key)
         if entry is not None:
             if entry.state == now and all(ref() is owner for ref, owner in zip(entry.owners, owners)):
                 return entry.form, True
             del self._entries[key]
+            self.held -= entry.size
             self._renewals[key] += 1
         form = make()
-        if self._renewals[key] >= RENEWALS or not self._room(device):
+        size = form.numel() * form.element_size() if isinstance(form, torch.Tensor) else 0
+        if self._renewals[key] >= RENEWALS or not self._room(device, size):
             return form, False
-        self._entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form)
+        self._entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form, size)
+        self.held += size
         return form, True
 
-    def _room(self, device: torch.device) -> bool:
+    def limit_to(self, size: int) -> int:
+        """Keep no more than so many bytes from now on. What was kept last goes first; returns the bytes of that."""
+        self.limit, before = size, self.held
+        while self.held > size:
+            self.held -= self._entries.popitem()[1].size
+        return before - self.held
+
+    def _room(self, device: torch.device, size: int) -> bool:
+        if _recording(device):
+            return False  # it would lie in the graph's memory
+        if self.limit is not None:
+            return self.held + size <= self.limit
         if device.type != "cuda":
             return bool(self.keep)
-        if torch.cuda.is_current_stream_capturing():
-            return False  # it would lie in the graph's memory
         if self.keep:
             return True
         free, total = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + cached > SHARE * total
+
+
+def _recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -32,7 +32,10 @@ def read_group(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, runti
     if isinstance(dtype, str):
         return dtype
     if any(p.magnitude is not None for p in projections):
-        return DoraGroup(projections, dtype, runtime.ops, weights=runtime.weights)
+        weights = runtime.weights
+        if weights is not None and weights.limit is not None:
+            weights = None  # decoding writes no more than scaling a copy of what is kept would
+        return DoraGroup(projections, dtype, runtime.ops, weights=weights)
     fp8 = runtime.fp8
     if fp8 is not None and any(p.owner in runtime.exact for p in projections):
         fp8 = None
