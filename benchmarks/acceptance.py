@@ -45,9 +45,10 @@ class Stage:
 STAGES = (
     Stage("kernels", (
         (200, "pytest -q -n8 tests/ops/test_adapted_glu.py tests/ops/test_nf4.py tests/ops/test_fp8_share.py "
-              "tests/ops/test_linear_cross_entropy.py tests/engine/test_graphs.py tests/gpu/test_step.py "
+              "tests/ops/test_low_rank.py tests/ops/test_linear_cross_entropy.py tests/engine/test_graphs.py "
+              "tests/engine/test_compiling.py tests/memory/test_decoded_weights.py tests/gpu/test_step.py "
               "--deselect=tests/gpu/test_step.py::test_generation_is_not_slower"),
-        (90, "pytest -q tests/gpu/test_first_step.py"),
+        (120, "pytest -q tests/gpu/test_first_step.py"),
     )),
     Stage("verify", (
         (150, "benchmarks.verifying"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastplug
+from fastplug.memory.plan import DECODED
 from fastplug.memory.runtime import planners
 from tests.gpu.test_step import build, gradients, syncs, tokens
 
@@ -89,6 +90,36 @@ def test_budgets_are_kept_and_peaks_are_as_planned() -> None:
         assert planner.room.dropped == 0
         applied.undo()
         assert torch.cuda.get_per_process_memory_fraction() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("part", [0.5, 2.0])
+def test_what_is_left_goes_to_decoded_weights(part: float) -> None:
+    model, x = build("qlora", layers=LAYERS, width=2048), tokens(4, 1024)
+    applied = fastplug.apply(model, memory="keep", graphs="off")
+    wanted = gradients(model, x)
+    (planner,) = planners(model)
+    assert planner.plan is not None
+    whole = 4 * sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)  # two in a byte, of two bytes each
+    budget = int(planner.plan.total + part * whole)
+    applied.undo()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    fastplug.apply(model, memory=f"{budget}B", graphs="off", base_weights="auto")
+    for _ in range(9):
+        assert same(gradients(model, x), wanted)
+    (planner,) = planners(model)
+    assert planner.plan is not None
+    kept = planner.plan.parts[DECODED]
+    assert 0 < kept < whole if part < 1 else kept == whole
+    measured = torch.cuda.max_memory_reserved() + context()
+    assert measured <= budget
+    assert measured >= 0.9 * planner.plan.total
+    assert planner.room.dropped == 0
+    with torch.no_grad():
+        before = torch.cuda.memory_allocated()
+        model(input_ids=x)
+        assert torch.cuda.memory_allocated() < before - 0.9 * kept
 
 
 def test_planned_steps_do_not_wait_for_the_gpu() -> None:
