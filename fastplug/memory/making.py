@@ -104,9 +104,12 @@ class Maker:
         return Made(plan, dict(self.reading.estimates(*self.shape))[plan.tile_rows].layers)
 
     def _with_decoded(self, made: Made) -> Made:
-        """Spend what is left on decoded weights that stay from step to step. What layers keep for their backward spares
-        four times as many milliseconds a byte, so it comes first. Recorded layers decode: what their graphs read has
-        to stay, and weights have to go where memory runs out."""
+        """Spend what is left on decoded weights that stay from step to step.
+
+        What layers keep for their backward comes first: a byte of it spares 2H operations, one of a weight two times
+        1.3 bytes of traffic, ten times less in an 8B model. Recorded layers decode, since what their graphs read has to
+        stay, and weights go where memory runs out.
+        """
         plan, slack = made.plan, self.agreed.slack
         left = int((plan.budget - plan.total - self.agreed.caution) / (1 + slack))
         whole, spared = self.reading.decoded(*self.shape)
