@@ -39,14 +39,16 @@ class Fingerprint:
             same = all(before == state for state, before in self._states) and self.pointers_hold()
         except (RuntimeError, TypeError, ValueError):  # an array took the place of another: no truth value
             return False
-        return same and all(ref()._version == version for ref, version in self._frozen)  # type: ignore[union-attr]
+        with torch._C.DisableTorchFunctionSubclass():
+            return same and all(ref()._version == version for ref, version in self._frozen)  # type: ignore[union-attr]
 
     def pointers_hold(self) -> bool:
         """Whether every tensor still lies where it lay: hosts that shard weights free and gather them again."""
-        for ref, pointer, needs_grad in self._tensors:
-            tensor = ref()
-            if tensor is None or tensor.data_ptr() != pointer or tensor.requires_grad is not needs_grad:
-                return False
+        with torch._C.DisableTorchFunctionSubclass():  # Params4bit runs Python at every use of it
+            for ref, pointer, needs_grad in self._tensors:
+                tensor = ref()
+                if tensor is None or tensor.data_ptr() != pointer or tensor.requires_grad is not needs_grad:
+                    return False
         return True
 
     def of_tensors_in(self, layer: nn.Module) -> bool:
