@@ -23,7 +23,7 @@ class Fingerprint:
         owners: list[dict[str, Any]] = [module.__dict__ for module in layer.modules()]
         for tensor in tensors:
             owners.extend(_attached(tensor.__dict__))
-        self._states = [(state, _copy(state)) for state in owners]
+        self._states, self._before = owners, [_copy(state) for state in owners]
         for state in owners:
             tensors.extend(value for value in state.values() if isinstance(value, torch.Tensor))
         self._tensors = [(weakref.ref(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
@@ -33,10 +33,10 @@ class Fingerprint:
 
     def holds(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is the one of the snapshot (no copy or replica of it), and nothing has changed since."""
-        if self._states[0][0] is not layer.__dict__:
+        if self._states[0] is not layer.__dict__:
             return False
         try:
-            same = all(before == state for state, before in self._states) and self.pointers_hold()
+            same = self._before == self._states and self.pointers_hold()
         except (RuntimeError, TypeError, ValueError):  # an array took the place of another: no truth value
             return False
         with torch._C.DisableTorchFunctionSubclass():
