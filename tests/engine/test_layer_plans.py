@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +14,11 @@ import torch
 import fastplug
 from fastplug.graphs import replay
 from fastplug.patching.bind import REMEMBERED
-from fastplug.patching.forwards import decoder_layer, layer_plans
+from fastplug.patching.forwards import decoder_layer, layer_by_row, layer_plans
 from tests import models
 from tests.engine.step import relative
 from tests.engine.test_graphs import Stand_in, changes, layers
+from tests.families import cases
 
 pytest.importorskip("peft")
 
@@ -26,18 +27,31 @@ pytest.importorskip("peft")
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers that were read."""
     found: list[Any] = []
-    original = decoder_layer._read
 
-    def reads(layer: Any, *args: Any) -> Any:
-        found.append(layer)
-        return original(layer, *args)
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def reads(layer: Any, *args: Any) -> Any:
+            found.append(layer)
+            return original(layer, *args)
 
-    monkeypatch.setattr(decoder_layer, "_read", reads)
+        return reads
+
+    for module in (decoder_layer, layer_by_row):
+        monkeypatch.setattr(module, "_read", noting(module._read))
     return found
+
+
+BY_ROW = ("gemma 3", "granite", "olmo 2", "glm 4", "cohere", "starcoder 2, dropout", "stablelm 2 12b")
+
+
+def adapted(name: str) -> Any:
+    if not cases.available(name):
+        pytest.skip("this transformers is too old for it")
+    return cases.adapted(name)
 
 
 def gradients(model: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
     loss = model(**models.batch(), **kwargs).loss
     if loss.requires_grad:
         loss.backward()
@@ -52,12 +66,12 @@ def agree(ours: Any, theirs: Any) -> None:
         assert relative(mine[name], value) <= 2e-5, name
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "qlora", *BY_ROW])
 def test_a_layer_is_read_once(read: list[Any], kind: str) -> None:
-    model = models.lora(models.plain()) if kind == "lora" else models.qlora()
+    made = {"lora": lambda: models.lora(models.plain()), "qlora": models.qlora}
+    model = made[kind]() if kind in made else adapted(kind)
     fastplug.apply(model, graphs="off")
-    for seed in range(3):
-        torch.manual_seed(seed)
+    for _ in range(3):
         gradients(model)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -66,9 +80,38 @@ def test_a_layer_is_read_once(read: list[Any], kind: str) -> None:
     assert len(read) == len(layers(model))
 
 
-@pytest.mark.parametrize(("name", "change"), list(changes()), ids=lambda value: value if isinstance(value, str) else "")
-def test_what_changes_is_read_again(read: list[Any], name: str, change: Callable[[Any], Any]) -> None:
-    theirs = models.lora(models.plain())
+def of_rows() -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
+    """What layers by row are read from besides."""
+
+    def everywhere(name: str, value: Any) -> Callable[[Any], None]:
+        def change(model: Any) -> None:
+            for layer in layers(model):
+                module = layer.get_submodule(name.rpartition(".")[0])
+                assert hasattr(module, name.rpartition(".")[2])
+                setattr(module, name.rpartition(".")[2], value)
+
+        return change
+
+    def replace_norms(model: Any) -> None:
+        for layer in layers(model):
+            norm = layer.post_attention_layernorm
+            norm.weight = torch.nn.Parameter(norm.weight.detach() * 2, requires_grad=False)
+
+    for name, change in changes():
+        yield "llama 3", name, change
+        yield "granite", name, change
+        yield "gemma 3", name, change
+    yield "granite", "factor", everywhere("residual_multiplier", 0.9)
+    yield "gemma 3", "norm", replace_norms
+    yield "starcoder 2, dropout", "dropout", everywhere("mlp.residual_dropout", 0.0)
+    yield "cohere", "eps", everywhere("input_layernorm.variance_epsilon", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "change"), list(of_rows()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_changes_is_read_again(read: list[Any], family: str, name: str, change: Callable[[Any], Any]) -> None:
+    theirs = adapted(family)
     ours = copy.deepcopy(theirs)
     fastplug.apply(ours, graphs="off")
     agree(ours, theirs)
@@ -78,6 +121,17 @@ def test_what_changes_is_read_again(read: list[Any], name: str, change: Callable
     agree(ours, theirs)
     assert read, name
     agree(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["qwen3 moe", "granite moe"])
+def test_layers_with_experts_are_read_at_every_call(read: list[Any], name: str) -> None:
+    model = adapted(name)
+    fastplug.apply(model, graphs="off")
+    for _ in range(2):
+        gradients(model)
+    (expected,) = {read.count(layer) for layer in read}
+    assert expected == 2
+    assert not any(layer in REMEMBERED for layer in read)
 
 
 def test_states_that_come_back_are_known(read: list[Any]) -> None:

@@ -6,8 +6,9 @@ their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,15 +17,27 @@ from fastplug.families import Family
 from fastplug.graphs.replay import replayed
 from fastplug.memory.policy import MLPMemory
 from fastplug.memory.runtime import planned
-from fastplug.ops.lora.gated_mlp import gated_mlp
+from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
+from fastplug.ops.lora.group import Group
 from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import layer_by_row
 from fastplug.patching.forwards import mlp as mlp_forward
 from fastplug.patching.forwards.blocks import interception
-from fastplug.patching.forwards.layer_plans import LayerPlan, layer_plan
+from fastplug.patching.forwards.layer_plans import layer_plan
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
+
+
+class Plan(NamedTuple):
+    """A layer as it is at a call."""
+
+    attention: attention_forward.Plan
+    mlp: GatedMLP
+    mlp_norm: torch.Tensor  # the weight of the norm before the MLP
+
+    def groups(self) -> Iterator[Group]:
+        yield from (self.attention.spec.group, self.attention.out, self.mlp.gate_up, self.mlp.down)
 
 
 def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +63,7 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
 
 
-def _read(layer: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor) -> LayerPlan | str:
+def _read(layer: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor) -> Plan | str:
     """Read the layer's modules as they are now, or say why the fused path does not cover them."""
     attention, mlp = getattr(layer, family.attention_name), getattr(layer, family.mlp_name)
     reason = interception(layer, (family.attention_name, family.mlp_name)) or interception(mlp, (family.activation,))
@@ -64,7 +77,7 @@ def _read(layer: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor) -
     if isinstance(attention_plan, str):
         return attention_plan
     mlp_plan = mlp_forward.plan(mlp, family, runtime, x, after[1])
-    return mlp_plan if isinstance(mlp_plan, str) else LayerPlan(attention_plan, mlp_plan, after[0])
+    return mlp_plan if isinstance(mlp_plan, str) else Plan(attention_plan, mlp_plan, after[0])
 
 
 def refuse(site: Site, runtime: Runtime) -> str | None:

@@ -7,7 +7,7 @@ what is added to the residual stream; MLPs without a gate; mixtures of experts, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,14 @@ from fastplug.graphs.replay import replayed
 from fastplug.memory.policy import MLPMemory
 from fastplug.memory.runtime import planned
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
+from fastplug.ops.lora.group import Group
 from fastplug.ops.rms_norm.autograd import rms_norm
 from fastplug.patching.bind import parameter_names
 from fastplug.patching.forwards import attention as attention_forward
 from fastplug.patching.forwards import mlp as mlp_forward
 from fastplug.patching.forwards.attention import NormRead
 from fastplug.patching.forwards.blocks import interception
+from fastplug.patching.forwards.layer_plans import layer_plan
 from fastplug.patching.inspection import replaced_forward
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
@@ -45,6 +47,12 @@ class Plan:
     between: NormRead | Module | None
     mlp_post: NormRead | None
 
+    def groups(self) -> Iterator[Group]:
+        yield from (self.attention.spec.group, self.attention.out)
+        if self.mlp is not None:
+            yield self.mlp.gate_up if isinstance(self.mlp, GatedMLP) else self.mlp.up
+            yield self.mlp.down
+
 
 def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
@@ -60,7 +68,12 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         both = {True: kwargs.pop(first), False: kwargs.pop(second)}
         kwargs["position_embeddings"] = both[bool(getattr(attention, switch))]
     # All is read before anything runs: a cache must not be updated twice, nor random numbers drawn twice.
-    planned = plan(layer, attention, mlp, family, runtime, x, kwargs)
+    reason = attention_forward.uncovered(kwargs) or interception(layer, ())
+    if reason is None and kwargs.get("output_router_logits") and not family.plays(mlp, "mlp"):
+        reason = "router logits were asked for"
+    if reason is not None:
+        return NotCovered(reason)
+    planned = _plan(layer, binding, attention, mlp, x)
     if isinstance(planned, str):
         return NotCovered(planned)
     if memory is not None and isinstance(planned.mlp, GatedMLP):
@@ -89,14 +102,17 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
 
 
-def plan(
-    layer: nn.Module,
-    attention: nn.Module,
-    mlp: nn.Module,
-    family: Family,
-    runtime: Runtime,
-    x: torch.Tensor,
-    kwargs: dict[str, Any],
+def _plan(layer: nn.Module, binding: Binding, attention: nn.Module, mlp: nn.Module, x: torch.Tensor) -> Plan | str:
+    """What the layer was read as; with experts it is read at every call, since they are many to compare."""
+
+    def read() -> Plan | str:
+        return _read(layer, attention, mlp, binding.family, binding.runtime, x)
+
+    return read() if binding.family.mixture else layer_plan(layer, binding, x, read)
+
+
+def _read(
+    layer: nn.Module, attention: nn.Module, mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor
 ) -> Plan | str:
     """Read the layer's present state, or say why the fused path does not cover it."""
     fused = family.plays(mlp, "mlp")  # a mixture of experts is called as it is, hooks and all
@@ -105,8 +121,6 @@ def plan(
         reason = interception(mlp, (family.activation,))
     if reason is not None:
         return reason
-    if kwargs.get("output_router_logits") and not fused:
-        return "router logits were asked for"
     norms: list[Any] = []
     for name in (family.input_norm, family.attention_post_norm, family.post_norm, family.mlp_post_norm):
         norm = None if name is None else getattr(layer, name)  # a layer may have None for a norm (StableLM)
@@ -117,9 +131,7 @@ def plan(
         norms.append(norm)
     before, attention_post, between, mlp_post = norms
     inside = None if callable(before) or _shares_norm(layer, family) else before
-    attention_plan = attention_forward.uncovered(kwargs) or attention_forward.plan(
-        attention, family, runtime, x, inside
-    )
+    attention_plan = attention_forward.plan(attention, family, runtime, x, inside)
     if isinstance(attention_plan, str):
         return attention_plan
     mlp_plan: MLP | str = None

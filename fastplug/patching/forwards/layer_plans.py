@@ -7,42 +7,38 @@ has changed takes a quarter of that.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from typing import NamedTuple, TypeGuard
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
 from fastplug.graphs.fingerprint import Fingerprint
-from fastplug.ops.lora.gated_mlp import GatedMLP
+from fastplug.ops.lora.group import Group
 from fastplug.patching.bind import REMEMBERED
-from fastplug.patching.forwards.attention import Plan
 from fastplug.patching.sites import Binding
 
 STATES = 4  # of a layer that are known at a time: in training and evaluation, with its adapters and without
 CHANGES = 8  # after so many a layer is read at every call
 
 
-class LayerPlan(NamedTuple):
+class LayerPlan(Protocol):
     """A decoder layer as it is at a call."""
 
-    attention: Plan
-    mlp: GatedMLP
-    mlp_norm: torch.Tensor  # the weight of the norm before the MLP
+    def groups(self) -> Iterator[Group]:
+        """Those of its projections."""
 
-    def tensors(self) -> Iterator[torch.Tensor | None]:
-        for group in (self.attention.spec.group, self.attention.out, self.mlp.gate_up, self.mlp.down):
-            yield from group.tensors()
-            yield from (projection.magnitude for projection in group.projections)
+
+P = TypeVar("P", bound=LayerPlan)
 
 
 class LayerPlans:
     """The plans of one layer."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[Fingerprint, dict[Hashable, LayerPlan]]] = []
+        self._known: list[tuple[Fingerprint, dict[Hashable, Any]]] = []
         self._changes = 0
 
-    def get(self, layer: nn.Module, key: Hashable, read: Callable[[], LayerPlan | str]) -> LayerPlan | str:
+    def get(self, layer: nn.Module, key: Hashable, read: Callable[[], P | str]) -> P | str:
         """The plan, or why there is none: the one of an earlier call with this key, or what ``read`` makes now."""
         if self._changes > CHANGES:
             return read()
@@ -55,7 +51,7 @@ class LayerPlans:
                     if not _lasts(plan):
                         return plan
                     plans[key] = plan
-                return plans[key]
+                return plans[key]  # type: ignore[no-any-return]
         plan = read()
         self._changes += 1
         if self._changes > CHANGES or getattr(layer, "_is_fsdp_managed_module", False):
@@ -67,14 +63,18 @@ class LayerPlans:
         return plan
 
 
-def _lasts(plan: LayerPlan | str) -> TypeGuard[LayerPlan]:
+def _lasts(plan: P | str) -> TypeGuard[P]:
     """Whether nothing in it belongs to one step: several adapters are put together by operations of its graph."""
-    return isinstance(plan, LayerPlan) and all(tensor is None or tensor.is_leaf for tensor in plan.tensors())
+    return not isinstance(plan, str) and all(tensor is None or tensor.is_leaf for tensor in _tensors(plan))
 
 
-def layer_plan(
-    layer: nn.Module, binding: Binding, x: torch.Tensor, read: Callable[[], LayerPlan | str]
-) -> LayerPlan | str:
+def _tensors(plan: LayerPlan) -> Iterator[torch.Tensor | None]:
+    for group in plan.groups():
+        yield from group.tensors()
+        yield from (projection.magnitude for projection in group.projections)
+
+
+def layer_plan(layer: nn.Module, binding: Binding, x: torch.Tensor, read: Callable[[], P | str]) -> P | str:
     """The plan of a layer at this call with input x; ``read`` reads it from the layer's modules."""
     recording = binding.runtime.graphs is not None and binding.runtime.graphs.recording
     if torch.compiler.is_compiling() or recording:  # in a recording other parameters stand in for the layer's
