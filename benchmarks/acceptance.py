@@ -71,7 +71,7 @@ STAGES = (
     )),
     Stage("budgets", (
         (150, "benchmarks.memory --budgets 9GiB,10GiB,12GiB,16GiB,24GiB,40GiB"),
-        (90, "benchmarks.memory --budgets 40GiB,80GiB --options {\"base_weights\":\"auto\"}"),
+        (90, 'benchmarks.memory --budgets 40GiB,80GiB --options {"base_weights":"auto"}'),
         (100, "benchmarks.memory --row qlora:2x512 --budgets 9GiB,12GiB,24GiB"),
     )),
     Stage("long", (

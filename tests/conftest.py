@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401  # before anything imports distutils: later, as PyTorch's inductor does, it refuses
@@ -39,6 +41,22 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many quantized weights were decoded."""
+    from fastplug.quant.codec import EncodedWeight
+
+    count: Counter[str] = Counter()
+    decode = EncodedWeight.decode
+
+    def counted(self: EncodedWeight, *args: Any, **kwargs: Any) -> Any:
+        count["decoded"] += 1
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(EncodedWeight, "decode", counted)
+    return count
 
 
 @pytest.fixture(autouse=True)

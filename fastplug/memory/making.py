@@ -83,6 +83,7 @@ class Maker:
         return self._told(self.forced) if self.forced is not None else self._with_decoded(self._fastest(first))
 
     def _fastest(self, first: bool) -> Made:
+        """The fastest plan of layers that are recorded or that are not, whichever takes less time."""
         recorded = self._recorded() if self.recordable else None
         if recorded is None:
             return self._best(first)

@@ -75,8 +75,7 @@ class Room:
         """
         missing, spared = requested(message), self._spare()
         goal, freed, count = missing << attempt, 0, 0
-        enough = spared > 0 and goal <= spared
-        for record in () if enough else self.records():
+        for record in () if spared and spared >= goal else self.records():
             if record.drop():
                 freed, count = freed + record.held, count + 1
                 if freed >= goal and count >= 1 << attempt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class Planner:
         self.options, self.count = options, len(sites)
         self.off: str | None = None
         self.compiled = False  # layers ran under torch.compile
-        self.room = Room(self._release, self._ran_out, partial(self._limit_weights, 0))
+        self.room = Room(self._release, self._ran_out, self.spare)
         self.plan: Plan | None = None
         self.plans: dict[Shape, Plan] = {}
         self._followed: dict[Shape, Plan] = {}  # those before the latest agreement
@@ -102,9 +101,9 @@ class Planner:
             self.stock.look()
         return self.plan.policies[index]
 
-    def rest(self) -> None:
-        """A layer runs and nothing is trained: an evaluation finds the memory that it found without a plan."""
-        self._limit_weights(0)
+    def spare(self) -> int:
+        """Let go of what is only kept because there was room, until the next training step; the bytes of it."""
+        return self._limit_weights(0)
 
     def observe(self, index: int) -> Observation | None:
         """Measure the layer whose forward begins now, if this is a forward to measure."""

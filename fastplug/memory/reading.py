@@ -24,6 +24,7 @@ from fastplug.memory.shapes import ModelShape
 from fastplug.memory.times import keeping_ms
 from fastplug.options import Options
 from fastplug.patching.sites import KEY, Site
+from fastplug.patching.weights import planned
 from fastplug.sharding import distributed
 
 SCATTERING = 2  # layers whose gradients FSDP has as a whole at a time: one that is made, one that is being summed
@@ -119,7 +120,7 @@ class Reading:
 
     def decoded(self, batch: int, length: int) -> tuple[int, float]:
         """Bytes of all decoded weights that can stay from step to step, and the milliseconds that this spares."""
-        if self._options.base_weights != "auto" or self._options.compute != "exact" or self._sharded:
+        if self._sharded or not planned(self._options):
             return 0, 0.0
         step = Step.of(self.shape, batch, length, gpu=self._gpu)
         weights = sum(linear.weights for layer in self.shape.layers for linear in layer.keepable)

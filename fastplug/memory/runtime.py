@@ -64,7 +64,7 @@ def planned(fast: FastForward) -> FastForward:
         kwargs = {**dict(zip(binding.parameters, args)), **kwargs}
         x = kwargs.get("hidden_states")
         if not (layer.training and torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.dim() == 3):
-            state.planner.rest()
+            state.planner.spare()  # an evaluation finds the memory that it found without a plan
             return fast(layer, binding, **kwargs)
         reason = _prevented(layer, state, kwargs)
         if reason is not None:

@@ -54,6 +54,11 @@ def persistent_programs(device: torch.device, tiles: int) -> int:
     return max(1, min(tiles, config(device).persistent * _processors(device)))
 
 
+def recording(device: torch.device) -> bool:
+    """Whether launches on the current stream of a device go into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current one: Triton launches on the current device, whatever the pointers say."""
     device = tensor.device

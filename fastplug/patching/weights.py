@@ -16,12 +16,16 @@ def keeping(choice: str, options: Options) -> bool | None:
     return False if keep is None and options.memory is not None else keep
 
 
+def planned(options: Options) -> bool:
+    """Whether a memory plan says how many decoded weights of a quantized base stay."""
+    return options.base_weights == "auto" and options.memory not in (None, *FORCED) and options.compute == "exact"
+
+
 def prepare(runtime: Runtime) -> str | None:
     """Set the runtime up for ``Options.base_weights``; returns what the report says about it."""
     options = runtime.options
     keep = keeping(options.base_weights, options)
-    planned = options.base_weights == "auto" and options.memory not in (None, *FORCED) and options.compute == "exact"
-    if planned:
+    if planned(options):
         runtime.weights, many = KeptWeights(True, limit=0), "as many as the memory plan has room for"
     elif keep is False:
         return None

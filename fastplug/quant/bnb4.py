@@ -45,7 +45,7 @@ class BitsAndBytes4:
         shape = tuple(state.shape)
         if len(shape) != 2:
             return f"its 4-bit weight has shape {shape}, not two dimensions"
-        with torch._C.DisableTorchFunctionSubclass():  # a plain tensor: Params4bit runs Python at every use of it
+        with torch._C.DisableTorchFunctionSubclass():  # Params4bit runs Python at every use of it
             packed = weight.detach()
         packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
         bytes_needed = (shape[0] * shape[1] + 1) // 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -13,23 +11,8 @@ import torch
 import fastplug
 from fastplug.errors import OptionError
 from fastplug.ops.lora.kept_weights import RENEWALS, KeptWeights
-from fastplug.quant.codec import EncodedWeight
 from tests import models
 from tests.engine.step import patched, step
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many weights were decoded."""
-    count: Counter[str] = Counter()
-    decode = EncodedWeight.decode
-
-    def counted(self: EncodedWeight, *args: Any, **kwargs: Any) -> Any:
-        count["decoded"] += 1
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(EncodedWeight, "decode", counted)
-    return count
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from fastplug.ops import ahead
+from fastplug.ops.launch import recording
 from fastplug.ops.lora.group import Group, Weight
 from fastplug.ops.lora.kept_weights import KeptWeights
 from fastplug.ops.lora.matmul import mm, undrop
@@ -179,8 +180,7 @@ class DoraGroup(Group):
         owner = self.projections[0].owner
         device = parts[0].matrix.device
         # A recorded graph neither reads what this may free later, nor leaves here what lies in its own memory.
-        recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or recorded or ahead.going():
+        if torch.compiler.is_compiling() or recording(device) or ahead.going():
             owner = None
         state = self.stored_state() if owner is not None else []
         known = None if owner is None else _norms.get(owner)

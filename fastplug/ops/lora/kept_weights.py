@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from fastplug.ops import ahead
+from fastplug.ops.launch import recording
 
 SHARE = 0.5  # of the device's memory that has to stay free for weights to be kept of fastplug's own accord
 RENEWALS = 4  # of one form, after which its weights are taken to move all the time
@@ -69,7 +70,7 @@ class KeptWeights:
             return make(), False  # a compiler knows no addresses
         if ahead.going():
             return make(), False  # garbage
-        if self.limit is not None and _recording(device):
+        if self.limit is not None and recording(device):
             return make(), False  # the next plan may let go of what is kept
         key, now = (name, *map(id, owners)), state()
         entry = self._entries.get(key)
@@ -95,7 +96,7 @@ class KeptWeights:
         return before - self.held
 
     def _room(self, device: torch.device, size: int) -> bool:
-        if _recording(device):
+        if recording(device):
             return False  # it would lie in the graph's memory
         if self.limit is not None:
             return self.held + size <= self.limit
@@ -106,7 +107,3 @@ class KeptWeights:
         free, total = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + cached > SHARE * total
-
-
-def _recording(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

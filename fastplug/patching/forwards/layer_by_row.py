@@ -73,7 +73,7 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
         reason = "router logits were asked for"
     if reason is not None:
         return NotCovered(reason)
-    planned = _plan(layer, binding, attention, mlp, x)
+    planned = layer_plan(layer, binding, x, lambda: _read(layer, attention, mlp, family, runtime, x))
     if isinstance(planned, str):
         return NotCovered(planned)
     if memory is not None and isinstance(planned.mlp, GatedMLP):
@@ -100,15 +100,6 @@ def forward(layer: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     else:
         out = _second_half(planned, mlp, mixed, stream, dropout, factor, runtime)
     return (out,) if "output_attentions" in binding.parameters else out  # a tuple up to transformers 4.55
-
-
-def _plan(layer: nn.Module, binding: Binding, attention: nn.Module, mlp: nn.Module, x: torch.Tensor) -> Plan | str:
-    """What the layer was read as; with experts it is read at every call, since they are many to compare."""
-
-    def read() -> Plan | str:
-        return _read(layer, attention, mlp, binding.family, binding.runtime, x)
-
-    return read() if binding.family.mixture else layer_plan(layer, binding, x, read)
 
 
 def _read(
