@@ -3,8 +3,9 @@
     python -m benchmarks.host_time --layers 32
     python -m benchmarks.host_time --checkpointed --options '{"memory": "keep"}'
     python -m benchmarks.host_time --options '{"compute": "fp8"}'
+    python -m benchmarks.host_time --model granite
 
-A tiny Llama under LoRA on NF4 weights runs through the launchers of a GPU, on tensors of a CPU that are hardly larger
+A tiny model under LoRA on NF4 weights runs through the launchers of a GPU, on tensors of a CPU that are hardly larger
 than nothing. Triton's interpreter takes the launches and drops them, and products with base weights are left out. What
 is left is what a GPU would wait for if it took no time: reading modules, autograd's nodes, allocating, launching. The
 losses are garbage.
@@ -29,6 +30,7 @@ WARMUP = 6  # steps, of which the first read the layers
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama", help="its model_type in transformers")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--checkpointed", action="store_true", help="non-reentrant gradient checkpointing")
@@ -72,8 +74,8 @@ def launches_that_do_nothing() -> Iterator[Counter[str]]:
         yield launched
 
 
-def build(layers: int, checkpointed: bool) -> Any:
-    """A Llama of next to no size, its linears in NF4, with LoRA on all of them."""
+def build(layers: int, checkpointed: bool, kind: str = "llama") -> Any:
+    """A model of next to no size, its linears in NF4, with LoRA on all of them."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -82,24 +84,24 @@ def build(layers: int, checkpointed: bool) -> Any:
     from benchmarks.weights import quantize
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, dtype="bfloat16",
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, pad_token_id=0, dtype="bfloat16",
     )  # fmt: skip
-    model = quantize(transformers.LlamaForCausalLM(config).to(torch.bfloat16))
+    model = quantize(transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16))
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return get_peft_model(model.requires_grad_(False), LoraConfig(task_type="CAUSAL_LM", **LORA)).train()
 
 
-def run(layers: int, steps: int, checkpointed: bool, options: dict[str, Any]) -> dict[str, Any]:
+def run(layers: int, steps: int, checkpointed: bool, options: dict[str, Any], kind: str = "llama") -> dict[str, Any]:
     """Milliseconds of forward, backward and the whole step (median, and the fastest), and launches of a step."""
     import torch
 
     import fastplug
 
-    model = build(layers, checkpointed)
+    model = build(layers, checkpointed, kind)
     fastplug.apply(model, **{"kernels": "triton", "graphs": "off", **options})
     x = torch.randint(3, 500, (2, 16))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -125,7 +127,7 @@ def run(layers: int, steps: int, checkpointed: bool, options: dict[str, Any]) ->
 def main() -> None:
     a = arguments().parse_args()
     os.environ["TRITON_INTERPRET"] = os.environ["OMP_NUM_THREADS"] = "1"  # before Triton and PyTorch are imported
-    found = run(a.layers, a.steps, a.checkpointed, json.loads(a.options))
+    found = run(a.layers, a.steps, a.checkpointed, json.loads(a.options), a.model)
     for name in ("forward", "backward", "step"):
         median, least = found[name]
         print(f"{name:10s}{median:8.1f} ms, at least {least:.1f}")
