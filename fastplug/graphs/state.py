@@ -15,6 +15,7 @@ from fastplug.graphs.recorder import Recorder
 
 EAGER_CALLS = 2  # calls of a shape before it is recorded: what does not come again is not worth it
 CHANGES = 8  # after so many changes between calls a layer is not static
+WORTH = 32  # steps that a recording of long ones is replayed, for its making to be worth it
 
 Key = tuple[Any, ...]
 
@@ -67,19 +68,21 @@ class Steady:
     recorder: Recorder | None = None  # with memory of its own, all of which is free once the recordings are gone
     exchange: Exchange = field(default_factory=Exchange)
     layers: list[tuple[LayerState, Key]] = field(default_factory=list)  # that have a recording
-    changes: int = 0  # how often recordings were let go
+    calls: int = 0  # of layers, since the size changed
+    changes: int = 0  # how often recordings were let go before they were worth it
     off: bool = False
 
     def see(self, size: tuple[int, int] | None) -> None:
         """A call of this size begins, or with None one that is not trained on."""
         if size == self.size:
+            self.calls += 1
             return
-        self.size = size
-        self.era += 1
         if self.layers:
-            self.let_go()
-            self.changes += 1
+            self.changes += self.calls < WORTH * len(self.layers)
             self.off = self.changes > CHANGES
+            self.let_go()
+        self.size, self.calls = size, 1
+        self.era += 1
 
     def let_go(self) -> None:
         for state, key in self.layers:

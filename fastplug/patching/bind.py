@@ -89,6 +89,7 @@ def patched_class(base: type[nn.Module], fast: FastForward) -> type[nn.Module]:
         if binding is None:  # undone while a wrapper (accelerate's autocast, FSDP2) still holds this function
             return original(self, *args, **kwargs)
         if not torch.is_grad_enabled() and _few_tokens(args, kwargs):
+            binding.runtime.spare()
             return original(self, *args, **kwargs)
         result = fast(self, binding, *args, **kwargs)
         if type(result) is NotCovered:

@@ -61,6 +61,13 @@ class Runtime:
             self.codec_of[kind] = matching[-1] if matching else None
         return self.codec_of[kind]  # type: ignore[no-any-return]
 
+    def spare(self) -> None:
+        """Let go of what is held only for training steps to be faster: another call finds the memory."""
+        if self.graphs is not None:
+            self.graphs.steady.see(None)
+        if self.memory is not None:
+            self.memory.spare()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return self  # holds no state of the model
 

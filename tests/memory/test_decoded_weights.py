@@ -89,8 +89,13 @@ def test_an_evaluation_finds_its_memory_and_training_goes_on(wanted: dict[str, t
     assert same_bits(gradients(model, BATCH), wanted)
     assert kept(model).held == 4 * WEIGHTS
     model.eval()
-    model.generate(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"], max_new_tokens=2)
-    assert kept(model).held == 0
+    for prompt in (BATCH["input_ids"], SHORT["input_ids"][:, :8]):
+        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2)
+        assert kept(model).held == 0
+        model.train()
+        gradients(model, BATCH)
+        assert kept(model).held == 4 * WEIGHTS
+        model.eval()
 
 
 def test_batches_of_another_shape_need_some_of_it_back() -> None:
