@@ -139,7 +139,7 @@ def formats(s: Sizes) -> Iterator[Case]:
             **{
                 f"int{bits} decode (HQQ, group 64)": (
                     Int((N, K), bits, "split", 64),
-                    lambda bits=bits: (words(-(-N * K // 10)) if bits == 3 else codes(N * bits // 8, K),
+                    lambda bits=bits: (words(-(-N * K // 640) * 64) if bits == 3 else codes(N * bits // 8, K),
                                        scales(N, K // 64)),
                     {"zeros": scales(N, K // 64)}, N * K * bits // 8 + N * K // 64 * 4,
                 )

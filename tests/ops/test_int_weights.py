@@ -59,13 +59,21 @@ def case(name: str, dtype: torch.dtype, shape: tuple[int, int] = (16, 64), group
             wide = [encoders.spread(values, keywords["g_idx"]) for values in (scales, zeros)]
         truth = (codes - wide[1]).to(dtype) * wide[0]
         scales = scales.t().contiguous().t()
+    elif name == "act-order, rows":  # compressed-tensors
+        packed, layout = encoders.stream(codes, bits), layout._replace(sign="offset")
+        keywords["g_idx"] = torch.randint(0, scales.shape[1], (K,), dtype=torch.int32)
+        keywords["zeros"] = (zeros - half).to(torch.int8)
+        wide = [encoders.spread(values, keywords["g_idx"]) for values in (scales, zeros)]
+        truth = (codes - wide[1]).to(dtype) * wide[0]
     elif name == "awq":
         packed, layout = encoders.awq(codes.t()), layout._replace(packing="output", packed_zeros=True)
         keywords["zeros"] = encoders.awq(zeros.t()).t()
         truth = (codes - wide[1]).to(dtype) * wide[0]
         scales = scales.t().contiguous().t()
-    elif name == "split":
-        packed, layout = encoders.split(codes.flatten(), bits, 32 if bits == 3 else 8), layout._replace(packing="split")
+    elif name in ("split", "split, whole groups"):  # hqq itself cuts the codes into parts of whole groups
+        padding = -codes.numel() % (32 // bits * group) if name != "split" else 0
+        flat = torch.nn.functional.pad(codes.flatten(), (0, padding))
+        packed, layout = encoders.split(flat, bits, 32 if bits == 3 else 8), layout._replace(packing="split")
         keywords["zeros"] = (zeros + torch.rand(zeros.shape)).to(dtype)  # HQQ's are no integers
         truth = (codes.to(dtype) - keywords["zeros"].repeat_interleave(group, 1)) * wide[0]
     elif name == "split, over rows":  # HQQ's axis 0: every column has scales of its own, for rows that lie apart
@@ -88,7 +96,7 @@ def to(device: torch.device, value: Any) -> Any:
 
 CASES = {
     "unsigned": {}, "offset": {}, "twos": {}, "row zeros": {}, "gptq": {}, "act-order": {}, "awq": {}, "split": {},
-    "split, over rows": {}, "added zeros": {},
+    "split, over rows": {}, "added zeros": {}, "act-order, rows": {},
 }  # fmt: skip
 ODD = [
     ("offset", {"shape": (5, 77), "group": 77}), ("offset", {"shape": (9, 40), "group": 16}),
@@ -101,6 +109,10 @@ ODD = [
     ("split", {"bits": 1}), ("split", {"bits": 2}), ("split", {"bits": 3}), ("split", {"bits": 3, "shape": (20, 32)}),
     ("split", {"bits": 8}), ("split, over rows", {"bits": 2}), ("gptq", {"shape": (40, 256), "group": 128}),
     ("awq", {"shape": (72, 256), "group": 128}), ("split", {"shape": (64, 256), "group": 64}),
+    ("split", {"bits": 3, "shape": (14, 128), "group": 64}), ("split", {"bits": 3, "shape": (7, 33), "group": 33}),
+    ("split, whole groups", {"bits": 3, "shape": (14, 128), "group": 64}),
+    ("gptq", {"bits": 3, "shape": (40, 256), "group": 128}), ("act-order", {"bits": 3}), ("act-order", {"bits": 8}),
+    ("act-order", {"bits": 2, "shape": (72, 256)}), ("act-order, rows", {"bits": 8, "shape": (40, 77), "group": 11}),
 ]  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def kernels() -> set[str]:
     """All of them, as their files name them: what is launched."""
     found = set()
     for file in (ROOT / "fastplug/ops").glob("*/kernel.py"):
-        launched = re.findall(r"\blaunched\((_\w+),", file.read_text(encoding="utf-8"))
+        launched = re.findall(r"\blaunched\((\w+),", file.read_text(encoding="utf-8"))
         found |= {f"{file.parent.name}.{function}" for function in launched}
     return found
 
