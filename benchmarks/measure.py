@@ -24,7 +24,7 @@ class Effort:
 
     warmup: int = 4
     steps: int = 10
-    seconds: float = 8.0  # of timed steps, but never fewer than three
+    seconds: float = 8.0  # of timed steps, but for the first three
     profile: bool = True
 
 
@@ -154,7 +154,7 @@ def steady(model: Any, row: Row, effort: Effort) -> dict[str, Any]:
     gc.collect()  # all that loading left would be gone through in one of the timed steps, for some 300 ms
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    steps = max(3, min(effort.steps, int(effort.seconds / max(fastest, 1e-6))))
+    steps = min(effort.steps, max(3, int(effort.seconds / max(fastest, 1e-6))))
     times = sorted(milliseconds(lambda i=i: loop.step(i)) for i in range(steps))  # type: ignore[misc]
     median = times[len(times) // 2]
     result |= {

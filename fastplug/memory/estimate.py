@@ -12,11 +12,11 @@ from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.gpus import GPU, GPUS
 from fastplug.memory.meter import CONTEXT
 from fastplug.memory.moments import assemble
-from fastplug.memory.plan import Plan
+from fastplug.memory.plan import DECODED, Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import LayerShape, ModelShape
 from fastplug.memory.solve import DoesNotFit, least_budget, solve
-from fastplug.memory.times import layer_ms, other_ms
+from fastplug.memory.times import keeping_ms, layer_ms, other_ms
 
 SLACK = 0.05
 """Reserved beyond allocated bytes: blocks that are cut too small or too large for what comes next. 4.9 to 6.3% were
@@ -172,6 +172,26 @@ def best_plan(
     return found
 
 
+def keepable(shape: ModelShape, step: Step, gpu: GPU) -> tuple[int, float]:
+    """Bytes of all decoded weights that can stay from step to step, and the milliseconds that this spares."""
+    weights = sum(linear.weights for layer in shape.layers for linear in layer.keepable)
+    return weights * step.compute, sum(keeping_ms(layer, step, gpu) for layer in shape.layers)
+
+
+def with_decoded(plan: Plan, left: int, weights: tuple[int, float], slack: float) -> Plan:
+    """Spend ``left`` bytes on decoded weights that stay from step to step, of which there are :func:`keepable`.
+
+    What layers keep for their backward comes first: a byte of it spares 2H operations, one of a weight two times 1.3
+    bytes of traffic, ten times less in an 8B model.
+    """
+    whole, spared = weights
+    size = min(whole, int(left / (1 + slack)))
+    if size <= 0:
+        return plan
+    parts = {**plan.parts, DECODED: size, "slack": plan.parts["slack"] + int(slack * size)}
+    return replace(plan, parts=parts, ms=plan.ms - spared * size / whole)
+
+
 def uniform_plan(
     shape: ModelShape,
     batch: int,
@@ -243,8 +263,10 @@ __all__ = [
     "best_plan",
     "estimate",
     "in_comparison",
+    "keepable",
     "layer_costs",
     "least",
     "policies_of",
     "uniform_plan",
+    "with_decoded",
 ]

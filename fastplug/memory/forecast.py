@@ -12,7 +12,7 @@ from fastplug.graphs.replay import FLOPS
 from fastplug.memory.around import fixed_bytes, optimizer_bytes
 from fastplug.memory.budget import gib
 from fastplug.memory.bytes import Step
-from fastplug.memory.estimate import best_plan, least, uniform_plan
+from fastplug.memory.estimate import best_plan, keepable, least, uniform_plan, with_decoded
 from fastplug.memory.gpus import GPU
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
@@ -153,6 +153,9 @@ def forecast(
         host = None if host_budget is None else _host_needed(lambda host: need(batch, length, host) <= budget)
         why = str(error) if host is None else _too_little_host(batch, length, budget, host_budget or 0, host, error)
         raise DoesNotFit(f"{why}{_instead(batch, length, longest, largest)}", error.least) from None
+    if not _short(shape, batch * length):  # layers that are recorded decode
+        weights = keepable(shape, Step.of(shape, batch, length, gpu=gpu), gpu)
+        plan = with_decoded(plan, budget - plan.total, weights, slack)
     uniform = {
         policy: uniform_plan(shape, batch, length, budget, policy, gpu=gpu, **given)
         for policy in Policy

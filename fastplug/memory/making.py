@@ -11,9 +11,9 @@ from fastplug.memory import recordings
 from fastplug.memory.budget import FORCED, gib
 from fastplug.memory.calibration import Agreed
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.estimate import Estimate, in_comparison
+from fastplug.memory.estimate import Estimate, in_comparison, with_decoded
 from fastplug.memory.moments import assemble
-from fastplug.memory.plan import DECODED, Plan
+from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
 from fastplug.memory.solve import DoesNotFit, solve
@@ -105,20 +105,13 @@ class Maker:
         return Made(plan, dict(self.reading.estimates(*self.shape))[plan.tile_rows].layers)
 
     def _with_decoded(self, made: Made) -> Made:
-        """Spend what is left on decoded weights that stay from step to step.
-
-        What layers keep for their backward comes first: a byte of it spares 2H operations, one of a weight two times
-        1.3 bytes of traffic, ten times less in an 8B model. Recorded layers decode, since what their graphs read has to
-        stay, and weights go where memory runs out.
-        """
-        plan, slack = made.plan, self.agreed.slack
-        left = int((plan.budget - plan.total - self.agreed.caution) / (1 + slack))
-        whole, spared = self.reading.decoded(*self.shape)
-        size = 0 if made.recorded else min(whole, left)
-        if size <= 0:
+        """Spend what is left on decoded weights that stay, but for recorded layers: what their graphs read has to stay,
+        and weights go where memory runs out."""
+        if made.recorded:
             return made
-        parts = {**plan.parts, DECODED: size, "slack": plan.parts["slack"] + int(slack * size)}
-        return replace(made, plan=replace(plan, parts=parts, ms=plan.ms - spared * size / whole))
+        left = made.plan.budget - made.plan.total - self.agreed.caution
+        weights = self.reading.decoded(*self.shape)
+        return replace(made, plan=with_decoded(made.plan, left, weights, self.agreed.slack))
 
     def _told(self, policy: Policy) -> Made:
         """All layers keep what the user says."""

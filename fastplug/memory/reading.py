@@ -16,12 +16,11 @@ from fastplug.families import Family
 from fastplug.memory.bytes import Step
 from fastplug.memory.checkpoint import attention_refusal
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.estimate import TILES, Estimate, estimate
+from fastplug.memory.estimate import TILES, Estimate, estimate, keepable
 from fastplug.memory.gpus import CPU, GPU, find, of_memory
 from fastplug.memory.host_memory import copy_rate
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
-from fastplug.memory.times import keeping_ms
 from fastplug.options import Options
 from fastplug.patching.sites import KEY, Site
 from fastplug.patching.weights import planned
@@ -123,8 +122,7 @@ class Reading:
         if self._sharded or not planned(self._options):
             return 0, 0.0
         step = Step.of(self.shape, batch, length, gpu=self._gpu)
-        weights = sum(linear.weights for layer in self.shape.layers for linear in layer.keepable)
-        return weights * step.compute, sum(keeping_ms(layer, step, self._gpu) for layer in self.shape.layers)
+        return keepable(self.shape, step, self._gpu)
 
     def _with_passing_gradients(self, layer: LayerCosts, index: int) -> LayerCosts:
         """A layer's costs where its gradients do not stay as a whole: FSDP keeps a part of them, an optimizer within

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fastplug.memory.plan import DECODED
+
 PATCHED, REFUSED, LEFT = "patched", "refused", "left alone"
 
 
@@ -91,8 +93,10 @@ def describe(memory: dict[str, Any]) -> str:
     plan, measured = memory["plan"], memory["measured_peak"]
     counts = Counter(plan["policies"])
     layers = ", ".join(f"{count} x {policy}" for policy, count in counts.items())
+    decoded = plan["parts"].get(DECODED, 0)
+    weights = f", {decoded / 2**30:.2f} GiB of the base decoded once and kept" if decoded else ""
     return (
-        f"{start}: {plan['batch']} x {plan['sequence']} tokens, layers {layers}; peak "
+        f"{start}: {plan['batch']} x {plan['sequence']} tokens, layers {layers}{weights}; peak "
         f"{memory['predicted_peak'] / 2**30:.2f} GiB planned"
         + (f", {measured / 2**30:.2f} GiB measured so far" if measured is not None else "")
         + (f"; memory ran out, {memory['dropped']} times a layer was dropped" if memory["dropped"] else "")

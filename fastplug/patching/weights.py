@@ -16,20 +16,25 @@ def keeping(choice: str, options: Options) -> bool | None:
     return False if keep is None and options.memory is not None else keep
 
 
+def chosen(options: Options) -> str:
+    """``Options.base_weights`` with what None comes to: what a budget leaves is there to be used."""
+    return options.base_weights or ("decoded" if options.memory in (None, *FORCED) else "auto")
+
+
 def planned(options: Options) -> bool:
     """Whether a memory plan says how many decoded weights of a quantized base stay."""
-    return options.base_weights == "auto" and options.memory not in (None, *FORCED) and options.compute == "exact"
+    return chosen(options) == "auto" and options.memory not in (None, *FORCED) and options.compute == "exact"
 
 
 def prepare(runtime: Runtime) -> str | None:
-    """Set the runtime up for ``Options.base_weights``; returns what the report says about it."""
+    """Set the runtime up for ``Options.base_weights``; returns what the report says about it, beside the plan's."""
     options = runtime.options
-    keep = keeping(options.base_weights, options)
     if planned(options):
-        runtime.weights, many = KeptWeights(True, limit=0), "as many as the memory plan has room for"
-    elif keep is False:
+        runtime.weights = KeptWeights(True, limit=0)
         return None
-    else:
-        runtime.weights = KeptWeights(keep)
-        many = "all" if keep else "as many as leave half of the device's memory free"
+    keep = keeping(chosen(options), options)
+    if keep is False:
+        return None
+    runtime.weights = KeptWeights(keep)
+    many = "all" if keep else "as many as leave half of the device's memory free"
     return f"quantized weights are decoded once and kept in 16 bits beside their own format, {many}"

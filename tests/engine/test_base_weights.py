@@ -10,6 +10,7 @@ import torch
 
 import fastplug
 from fastplug.errors import OptionError
+from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.kept_weights import RENEWALS, KeptWeights
 from tests import models
 from tests.engine.step import patched, step
@@ -81,6 +82,26 @@ def test_nothing_is_kept_unless_it_is_asked_for(device, batch, decoded, choice, 
     step(twin, batch)
     assert decoded["decoded"] > 0
     assert "kept in 16 bits" not in str(fastplug.report(twin))
+
+
+@pytest.mark.parametrize(("options", "less"), [({}, 2), ({"memory": "full"}, 0)])
+def test_a_layer_that_is_computed_again_decodes_gate_and_up_once_for_it_and_its_backward(
+    device, batch, decoded, monkeypatch, options, less
+):
+    """Not under a plan, which counts on the memory."""
+    model = models.qlora().to(device)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    twin = patched(model, graphs="off", **options)
+    decoded.clear()
+    ours = step(twin, batch)
+    shared = decoded["decoded"]
+    with monkeypatch.context() as m:
+        m.setattr(Group, "decoded_weights", lambda self: ())
+        decoded.clear()
+        same(ours, step(twin, batch))
+        assert decoded["decoded"] == shared + less * model.config.num_hidden_layers
+    assert shared % model.config.num_hidden_layers == 0
 
 
 def test_bad_input():

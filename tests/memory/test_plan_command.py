@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import fastplug
 from fastplug.cli import app
+from fastplug.memory.plan import DECODED
 from fastplug.memory.policy import Policy
 from tests import models
 
@@ -95,6 +96,22 @@ def test_more_of_anything_needs_more(folder: Path) -> None:
     assert base < total("--quant", "nf4", "--batch", 2)
     full = total("--rank", 0)
     assert full > total("--rank", 0, "--optimizer", "adamw_8bit") > total("--rank", 0, "--optimizer", "sgd")
+
+
+def test_what_is_left_is_spent_on_decoded_weights(folder: Path) -> None:
+    def parts(*arguments: object) -> dict[str, int]:
+        return dict(forecast(folder, *arguments)["plan"]["parts"])
+
+    long = ("--seq", 4096, "--batch", 8)
+    found = forecast(folder, *long, "--quant", "nf4", "--gpu", "80GiB")
+    plan, keep = found["plan"], found["uniform"]["keep"]
+    assert plan["parts"][DECODED] == 16 * 2 * (2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192)
+    assert DECODED not in keep["parts"]
+    assert plan["total"] - keep["total"] == pytest.approx(plan["parts"][DECODED], rel=0.1)
+    assert plan["ms"] < keep["ms"]
+    assert 0 < parts(*long, "--quant", "nf4", "--gpu", "30GiB")[DECODED] < plan["parts"][DECODED]
+    assert DECODED not in parts(*long, "--gpu", "80GiB")  # nothing to decode
+    assert DECODED not in parts("--quant", "nf4", "--gpu", "80GiB")  # so short a step is recorded, and decodes
 
 
 def test_policies_can_be_left_out(folder: Path) -> None:

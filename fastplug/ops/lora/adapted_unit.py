@@ -15,6 +15,7 @@ import torch
 from fastplug.ops.adapted_glu.reference import Adapted
 from fastplug.ops.lora.group import Grads, Group, Kept
 from fastplug.ops.lora.projection import PER_PROJECTION, Normed
+from fastplug.ops.recompute import nodes_stay
 
 if TYPE_CHECKING:
     from fastplug.ops.lora.gated_mlp import GatedMLP
@@ -45,6 +46,8 @@ class Unit:
         if down is None or type(spec.gate_up) is not Group:
             return cls(spec, *spec.gate_up.forward(normed), down, None)
         kept = spec.gate_up.adapters(normed)
+        if spec.decodes_once and nodes_stay():
+            kept = kept._replace(base=spec.gate_up.decoded_weights())
         adapted = operands(spec, kept, down)
         if adapted is not None and not spec.down.ops.adapted_glu.suits(len(normed), adapted, spec.activation):
             adapted = None
@@ -80,7 +83,7 @@ def operands(spec: GatedMLP, gate_up: Kept, down: Kept) -> Adapted | None:
 
 def base_product(spec: GatedMLP, normed: torch.Tensor, kept: Kept, alone: bool) -> torch.Tensor:
     """Gate and up [rows, 2 width], of the base ``alone`` or with their adapters' share."""
-    return spec.gate_up.products(normed, Kept() if alone else kept)
+    return spec.gate_up.products(normed, Kept(base=kept.base) if alone else kept)
 
 
 def activated(spec: GatedMLP, gate_up: torch.Tensor) -> torch.Tensor:

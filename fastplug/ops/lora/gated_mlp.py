@@ -36,6 +36,8 @@ class GatedMLP:
         factor: The factor on the MLP's output where h is added to it (Granite's residual multiplier).
         joined: Whether h is added. Else it is returned beside the MLP's output, which another norm goes over first.
         keep_gate_up: Whether gate and up stay for the backward.
+        decodes_once: Whether the second pass of gradient checkpointing keeps the decoded weights of gate and up for the
+            backward, which follows at once: as much memory as they take, for decoding them twice a step and not thrice.
         tile_rows: How many rows (tokens) are computed at once, None for all; several tiles keep no gate and up.
     """
 
@@ -46,6 +48,7 @@ class GatedMLP:
     factor: float = 1.0
     joined: bool = True
     keep_gate_up: bool = True
+    decodes_once: bool = False
     tile_rows: int | None = None
 
     @property
@@ -114,8 +117,9 @@ class GatedMLPFunction(torch.autograd.Function):
         hidden, down_kept = None, matrices
         if down_kept is None:
             hidden, down_kept = unit.result()
-        saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.tensors(), *down_kept.tensors())
-        ctx.count, ctx.base_only = len(kept.tensors()), unit.adapted is not None
+        small = (*kept.tensors(), *down_kept.tensors())
+        saved = (h, rstd, norm_weight, gate_up if spec.keep_gate_up else None, *kept.base, *small)
+        ctx.counts, ctx.base_only = (len(kept.base), len(kept.tensors())), unit.adapted is not None
         ctx.down_xa = hands.take() if hands is not None and hands.takes else None
         ctx.save_for_backward(*saved)
         if (spec.joined or spec.norm is None) and tensors_left() == sum(tensor is not None for tensor in saved):
@@ -128,7 +132,7 @@ class GatedMLPFunction(torch.autograd.Function):
                 if hands is not None:
                     assert down_kept.xa is not None
                     hands.give(down_kept.xa)
-        del gate_up, unit
+        del gate_up, unit, kept, saved, small
         if not spec.joined and spec.norm is not None:
             return torch.ops.aten._unsafe_view(spec.down.products(hidden, down_kept), x.shape), h.view(x.shape)
         if spec.norm is not None and h.dtype == dtype:
@@ -156,7 +160,9 @@ class GatedMLPFunction(torch.autograd.Function):
         if len(tiles) > 1:
             dx, d_norm_weight, grads = backward_in_tiles(ctx, spec, g, h, norm_weight, rest, stream, tiles)
         else:
-            kept = (Kept.of(rest[: ctx.count]), Kept.of(rest[ctx.count :]))
+            bases, count = ctx.counts
+            base, rest = tuple(rest[:bases]), rest[bases:]
+            kept = (Kept.of(rest[:count])._replace(base=base), Kept.of(rest[count:]))
             if ctx.down_xa is not None:
                 kept = kept[0], kept[1]._replace(xa=ctx.down_xa)
             compiling = torch.compiler.is_compiling()

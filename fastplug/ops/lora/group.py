@@ -6,6 +6,7 @@ no pass over y of its own; likewise in dx = g W + s · (g B) A.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,7 +91,7 @@ class Group:
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        return self._based(out, x, self.adapted.add(out, kept, start, factor), factor)
+        return self._based(out, x, self.adapted.add(out, kept, start, factor), factor, kept.base)
 
     def onto(self, start: torch.Tensor, x: torch.Tensor, kept: Kept, factor: float) -> torch.Tensor:
         """start + factor · y in a new tensor, given :meth:`adapters`.
@@ -104,9 +105,11 @@ class Group:
             return self._based(start.clone(), x, True, factor)
         return self._based(self.ops.low_rank.added(start, kept.xa, kept.b, factor), x, True, factor)
 
-    def _based(self, out: torch.Tensor, x: torch.Tensor, start: bool, factor: float) -> torch.Tensor:
-        """factor · (x Wᵀ + bias) in ``out``, added to what is there if ``start``."""
-        for weight, rows, _ in self._weights():
+    def _based(
+        self, out: torch.Tensor, x: torch.Tensor, start: bool, factor: float, base: tuple[torch.Tensor, ...] = ()
+    ) -> torch.Tensor:
+        """factor · (x Wᵀ + bias) in ``out``, added to what is there if ``start``; ``base`` as in :class:`Kept`."""
+        for weight, rows, _ in self._weights(base):
             out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
         return self._biased(out, factor)
 
@@ -148,7 +151,7 @@ class Group:
         start = dx is not None
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
-        for weight, rows, _ in self._weights():
+        for weight, rows, _ in self._weights(kept.base):
             dx.addmm_(g[:, rows], weight, beta=1 if start else 0)
             start = True
         return dx
@@ -219,8 +222,18 @@ class Group:
         """Where each stored weight lies and which version it is: what is derived from them holds while this does."""
         return _state([p.read() for p in self.projections])
 
-    def _weights(self) -> list[Weight]:
-        """The dense weights: one for all that had to be decoded together."""
+    def decoded_weights(self) -> tuple[torch.Tensor, ...]:
+        """What :attr:`Kept.base` holds, where each weight has to be decoded for each product; else nothing."""
+        if self.fp8 is not None or self.weights is not None:
+            return ()
+        weights = self._weights()
+        return tuple(weight.matrix for weight in weights) if all(weight.decoded for weight in weights) else ()
+
+    def _weights(self, base: tuple[torch.Tensor, ...] = ()) -> list[Weight]:
+        """The dense weights: one for all that had to be decoded together. Those of ``base`` are there already."""
+        if base:
+            ends = [*itertools.accumulate(len(matrix) for matrix in base)]
+            return [Weight(m, slice(end - len(m), end), False) for m, end in zip(base, ends)]
         encoded = [p.read() for p in self.projections]
         device = encoded[0].tensors[0].device
         if any(not weight.stored_densely for weight in encoded) and joins(device):

@@ -24,6 +24,8 @@ class Kept(NamedTuple):
         masks: The dropout masks [tokens, in_features] (bool), one per adapter, None where nothing was dropped.
         scale, output: Of DoRA, see :class:`fastplug.ops.lora.dora.DoraGroup`: magnitude / norm and norm
             [2, out_features], and the output before it is scaled [tokens, out_features].
+        base: The decoded base weights, in the order of the products, where the backward is not to decode them again.
+            (The node keeps them apart from :meth:`tensors`.)
     """
 
     xa: torch.Tensor | None = None
@@ -32,6 +34,7 @@ class Kept(NamedTuple):
     masks: tuple[torch.Tensor | None, ...] = ()
     scale: torch.Tensor | None = None
     output: torch.Tensor | None = None
+    base: tuple[torch.Tensor, ...] = ()
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """For ``save_for_backward``."""
