@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,8 @@ Gradients = tuple["torch.Tensor | None", list["torch.Tensor | None"]]
 
 class Exchange:
     """What is written just before a replay or read just after it, so that all layers share it: the gradient g of the
-    output, the gradient dx of the input, and, where layers keep nothing, the output, each [batch, length, hidden].
+    output, the gradient dx of the input, and, where layers keep nothing, the output, each [batch, length, hidden]; and
+    the gradients of parameters.
     """
 
     g: torch.Tensor
@@ -28,6 +31,7 @@ class Exchange:
 
     def __init__(self) -> None:
         self.filled = -1  # the sequence length up to which g is filled, beyond which there is padding
+        self._gradients: dict[tuple[Any, ...], list[torch.Tensor]] = {}
 
     @property
     def empty(self) -> bool:
@@ -39,6 +43,21 @@ class Exchange:
             self.g, self.dx = torch.zeros_like(out), torch.zeros_like(x)
             if not keeps:
                 self.out = torch.zeros_like(out)
+
+    def take(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradients of parameters, where those of all layers with parameters of these sizes lie."""
+        sizes = tuple((gradient.shape, gradient.dtype) for gradient in gradients)
+        if sizes not in self._gradients:
+            self._gradients[sizes] = [torch.empty_like(gradient) for gradient in gradients]
+        if gradients:
+            torch._foreach_copy_(self._gradients[sizes], gradients)
+        return self._gradients[sizes]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes of the device's memory."""
+        own = [tensor for tensor in vars(self).values() if isinstance(tensor, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in itertools.chain(own, *self._gradients.values()))
 
     def set_gradient(self, g: torch.Tensor) -> None:
         S = g.shape[1]
@@ -65,6 +84,11 @@ class Buffers:
         self.filled = -1  # the sequence length that is filled, beyond which there is padding
         self.pad(length)
 
+    @property
+    def nbytes(self) -> int:
+        """What they take of the device's memory."""
+        return sum(tensor.nbytes for tensor in (self.x, self.cos, self.sin, self.mask) if tensor is not None)
+
     def set(self, given: Given) -> None:
         x, cos, sin, mask = given
         S = x.shape[1]
@@ -83,11 +107,6 @@ class Buffers:
             self.mask.fill_(hidden)
             self.mask[:, :, :, 0] = seen
         self.filled = S
-
-
-def bytes_of(tensors: Exchange | Buffers) -> int:
-    """What they take of the device's memory."""
-    return sum(value.nbytes for value in vars(tensors).values() if isinstance(value, torch.Tensor))
 
 
 def holders_of(layer: nn.Module) -> Holders:
@@ -161,12 +180,11 @@ class LayerGraph:
         return [x, *parameters] if self.needs_dx else [*parameters]
 
     def _keep(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Note which gradients there are, and return those, the input's where all layers have it."""
-        found = [*grads]
-        if self.needs_dx and found[0] is not None:
-            found[0] = self.exchange.dx.copy_(found[0])
-        self._used = [grad is not None for grad in found]
-        return [grad for grad in found if grad is not None]
+        """Note which gradients there are, and return those, where all layers have them."""
+        self._used = [grad is not None for grad in grads]
+        found = [grad for grad in grads if grad is not None]
+        dx = [self.exchange.dx.copy_(found.pop(0))] if self.needs_dx and self._used[0] else []
+        return dx + self.exchange.take(found)
 
     def _sort(self, grads: list[torch.Tensor]) -> None:
         """The recorded gradients as dx and one or None per parameter."""

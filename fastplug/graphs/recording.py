@@ -15,7 +15,6 @@ from fastplug.graphs.layer_graph import (
     Exchange,
     KeptGraph,
     LayerGraph,
-    bytes_of,
     holders_of,
 )
 from fastplug.graphs.recorder import Memory, Recorder
@@ -65,13 +64,13 @@ def record(
     shared.recording = True
     try:
         with recorder.ready(), Countdown():  # in place of the hooks of torch.utils.checkpoint
-            before, common = recorder.memory(), bytes_of(exchange)
+            before, common = recorder.memory(), exchange.nbytes
             given = (x, cos, sin, kwargs.get("attention_mask"))
             graph: KeptGraph | CheckpointedGraph
             if shape[0][0] == "checkpointed":
                 if shape not in shared.buffers:
                     shared.buffers[shape] = Buffers(given, shape[1])
-                    common -= bytes_of(shared.buffers[shape])
+                    common -= shared.buffers[shape].nbytes
                 graph = CheckpointedGraph(compute, shared.buffers[shape], exchange, x.requires_grad, holders)
             else:
                 graph = KeptGraph(compute, Buffers(given, shape[1]), exchange, x.requires_grad, holders)
@@ -81,7 +80,7 @@ def record(
                 recorder.trim()
             graph.record(recorder)
             if first:
-                _check_memory(before, recorder.memory(), bytes_of(exchange) - common, binding)
+                _check_memory(before, recorder.memory(), exchange.nbytes - common, binding)
             shared.warmed.add((type(layer), shape))
     except Uncovered:
         return None

@@ -62,9 +62,9 @@ class Recordings:
                     shape = key[1], graph.length
                     if shape in self.costs:
                         layer, again = self.costs[shape][index], key[0] == "checkpointed"
-                        # Without its activations a recording holds gradients, beside buffers that all layers share.
+                        # Without its activations a recording holds no more than what all layers share.
                         found.setdefault(shape, _shared(self.costs[shape]))
-                        found[shape] += layer.gradients if again else layer[Policy.KEEP].saved
+                        found[shape] += 0 if again else layer[Policy.KEEP].saved
         return found
 
     def begins(self, shape: Shape, held: Mapping[Shape, int]) -> bool:
@@ -89,7 +89,9 @@ class Recordings:
 
 
 def _shared(layers: Costs) -> int:
-    return max(cost.shared for layer in layers for p, cost in layer.policies.items() if p in RECORDABLE)
+    """What all layers share: buffers, and the gradients of one."""
+    buffers = max(cost.shared for layer in layers for p, cost in layer.policies.items() if p in RECORDABLE)
+    return buffers + max(layer.gradients for layer in layers)
 
 
 def beyond(plan: Plan, layers: Costs, head_peak: int, agreed: Agreed, fixed: int) -> int:
@@ -106,6 +108,7 @@ def beyond(plan: Plan, layers: Costs, head_peak: int, agreed: Agreed, fixed: int
     keeps = sum(cost.saved for cost in chosen)
     works = max(max(cost.forward_peak, cost.backward_peak) - cost.saved for cost in chosen)
     shared = sum({policy: cost.shared for policy, cost in zip(plan.policies, chosen)}.values())
+    shared += max(layer.gradients for layer in layers)
     gradients = sum(layer.gradients for layer in layers)
     need = fixed + keeps + works + head_peak + gradients + shared
     return max(0, agreed.context + int((1 + agreed.slack) * need) - plan.total)
