@@ -14,7 +14,7 @@ def head_peak(shape: ModelShape, batch: int, length: int) -> dict[str, int]:
     """Bytes by name that head and loss need beside what the layers keep."""
     T, H, V = batch * length, shape.hidden, shape.vocabulary
     c = shape.compute_itemsize if shape.head_itemsize == 4 and shape.compute_itemsize == 2 else shape.head_itemsize
-    rows, columns = _chunk(T, V, c)
+    rows, columns = _chunk(T, V, c, bool(shape.head_trained))
     found = {
         "logits": rows * columns * c,
         "hidden states": T * H * (2 * shape.stream_itemsize + c) + 24 * T,  # last residual, normalized, their gradient
@@ -26,10 +26,10 @@ def head_peak(shape: ModelShape, batch: int, length: int) -> dict[str, int]:
     return found
 
 
-def _chunk(tokens: int, vocabulary: int, itemsize: int) -> tuple[int, int]:
+def _chunk(tokens: int, vocabulary: int, itemsize: int, trained: bool) -> tuple[int, int]:
     """Rows and columns of the buffer that the logits live in."""
     dtype = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
-    parts = chunks(tokens, vocabulary, dtype, torch.device("cuda"), None)
+    parts = chunks(tokens, vocabulary, dtype, torch.device("cuda"), None, halves=not trained)
     return (parts[0].stop if parts else 0), -(-vocabulary // 64) * 64
 
 

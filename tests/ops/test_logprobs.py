@@ -366,6 +366,20 @@ def test_chunks_cover_the_rows_evenly(device: torch.device) -> None:
             assert all((p.stop - p.start) * vocabulary * 2 <= budget or p.stop - p.start == 1 for p in parts)
 
 
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "lengths"),
+    [(1023, 128256, [1023]), (1024, 128256, [512] * 2), (2000, 128256, [1024, 976]), (8192, 32000, [4096] * 2),
+     (8192, 128256, [2048] * 4)],
+)  # fmt: skip
+def test_short_batches_go_through_a_frozen_head_in_halves(rows: int, vocabulary: int, lengths: list[int]) -> None:
+    gpu = torch.device("cuda")
+    parts = chunked.chunks(rows, vocabulary, torch.bfloat16, gpu, None, halves=True)
+    assert [part.stop - part.start for part in parts] == lengths
+    for device, halves in ((gpu, False), (torch.device("cpu"), True)):
+        whole = chunked.chunks(1024, 4000, torch.bfloat16, device, None, halves=halves)
+        assert [part.stop - part.start for part in whole] == [1024]
+
+
 def test_dtypes(device: torch.device) -> None:
     hidden, weight, _, targets = make(6, 8, 50, device)
     half = torch.bfloat16

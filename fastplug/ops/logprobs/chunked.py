@@ -20,6 +20,9 @@ from fastplug.devices import kernel_reason
 
 GPU_BYTES = 512 * 2**20
 """Size of the logits buffer on an accelerator: 2048 rows of a 128k vocabulary in bf16 fill the matrix units."""
+SHORT = 512
+"""Rows that still fill the matrix units: of a frozen head the logits of a short batch are computed in two halves of at
+least so many, of which one is in memory."""
 CPU_BYTES = 32 * 2**20
 """The same on a CPU: 16 MiB read the weight too often, 64 left the cache (EPYC, 1 and 2 threads, V=49k and 128k)."""
 WEIGHT_ROWS = 16384
@@ -112,12 +115,16 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, size: int | None) -> list[slice]:
-    """Slices of equal length that cover ``rows``; the last may be shorter."""
+def chunks(
+    rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, size: int | None, halves: bool = False
+) -> list[slice]:
+    """Slices of equal length that cover ``rows``; the last may be shorter. ``halves``: see :data:`SHORT`."""
     if size is None:
         budget, multiple = (CPU_BYTES, 8) if device.type == "cpu" else (GPU_BYTES, 128)
         fit = max(1, budget // (vocabulary * dtype.itemsize))
         count = -(-rows // fit) or 1
+        if halves and device.type != "cpu" and rows >= 2 * SHORT:
+            count = max(count, 2)
         size = -(-rows // count)
         if fit >= multiple:
             size = min(-(-size // multiple) * multiple, fit // multiple * multiple)
@@ -138,6 +145,7 @@ class _Head:
         bias: Tensor | None,
         dtype: torch.dtype,
         size: int | None,
+        trained: bool,
         counted: Tensor | None = None,
     ) -> None:
         self.hidden, self.weight, self.counted = hidden, weight.to(dtype), counted
@@ -146,10 +154,11 @@ class _Head:
         total = hidden.shape[0]
         self.rows = total if counted is None else counted.shape[0]
         width = vocabulary if counted is None else vocabulary + 2 * hidden.shape[1]
-        self.chunks = chunks(self.rows, width, dtype, hidden.device, size)
+        cut = functools.partial(chunks, vocabulary=width, dtype=dtype, device=hidden.device, size=size)
+        self.chunks = cut(self.rows, halves=not trained)  # the gradient of a trained weight is summed over chunks
         longest = self.chunks[0].stop if self.chunks else 0
         if counted is not None and total:
-            longest = max(longest, chunks(total, width, dtype, hidden.device, size)[0].stop)
+            longest = max(longest, cut(total, halves=not trained)[0].stop)
         # Rows that start at multiples of 128 bytes keep cuBLAS and the kernel on their vectorised paths.
         stride = vocabulary if hidden.device.type == "cpu" else -(-vocabulary // 64) * 64
         self.buffer = hidden.new_empty((longest, stride), dtype=dtype)[:, :vocabulary]
@@ -259,7 +268,7 @@ def forward(
     ops = settings.ops(hidden.device, dtype)
     run = ops.token_logprobs_and_gradient if any(needs) else ops.token_logprobs
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, dtype, settings.chunk_size, counted)
+        head = _Head(hidden, weight, bias, dtype, settings.chunk_size, needs[1], counted)
         found = Rows.empty(head.rows, head.buffer, settings.entropy)
         gradients = Gradients(head, needs)
         for rows, part, logits in head.logits():
@@ -287,7 +296,7 @@ def backward(
     """The gradients that ``needs`` names for any upstream gradients [T]; the logits are computed again."""
     ops = settings.ops(hidden.device, dtype)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, dtype, settings.chunk_size)
+        head = _Head(hidden, weight, bias, dtype, settings.chunk_size, needs[1])
         gradients = Gradients(head, needs)
         for rows, part, logits in head.logits():
             row = (None if tensor is None else tensor[rows] for tensor in (entropy, grad_logprob, grad_entropy))
