@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 with contextlib.suppress(ImportError):
@@ -46,16 +46,23 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many quantized weights were decoded."""
+    from fastplug.quant.bnb4 import BitsAndBytes4
     from fastplug.quant.codec import EncodedWeight
 
     count: Counter[str] = Counter()
-    decode = EncodedWeight.decode
+    decode, decode_all = EncodedWeight.decode, BitsAndBytes4.decode_all
 
     def counted(self: EncodedWeight, *args: Any, **kwargs: Any) -> Any:
         count["decoded"] += 1
         return decode(self, *args, **kwargs)
 
+    def counted_together(self: BitsAndBytes4, weights: Sequence[EncodedWeight], *args: Any) -> bool:
+        done = decode_all(self, weights, *args)
+        count["decoded"] += len(weights) * done
+        return done
+
     monkeypatch.setattr(EncodedWeight, "decode", counted)
+    monkeypatch.setattr(BitsAndBytes4, "decode_all", counted_together)
     return count
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +58,6 @@ def gradients(model: Any, device: torch.device) -> dict[str, torch.Tensor]:
 def noted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels that were compiled ahead, in Triton's interpreter, which compiles none."""
     seen: list[str] = []
-    monkeypatch.setattr(compiling, "USED", True)
 
     def note(self: Any, *args: Any, grid: Any, **kwargs: Any) -> None:
         seen.append(self.fn.__name__)
@@ -125,6 +127,37 @@ def test_other_threads_launch_as_ever() -> None:
         y.sum().backward()
     assert seen == [False, True]
     assert not ahead.going()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_threads_build_what_launches_a_kernel_too(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """Triton 3.6 has a C compiler do that, at the first launch."""
+    if not ahead.possible():
+        pytest.skip("this Triton does not compile in threads")
+    import triton
+
+    threads: list[str] = []
+
+    class Driver:
+        @staticmethod
+        def launcher_cls(source: str, metadata: str) -> None:
+            threads.append(threading.current_thread().name)
+            assert (source, metadata) == ("source", "metadata")
+            if broken:
+                raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=Driver))
+    mode = ahead._with_launchers(triton.AsyncCompileMode)
+    names = [*inspect.signature(triton.AsyncCompileMode.submit).parameters][3:]  # what the compiler calls afterwards
+    done: list[str] = []
+    with ThreadPoolExecutor(2, "ours") as workers, mode(workers, ignore_errors=True) as active:
+        for name in ("a", "b"):
+            kernel = SimpleNamespace(src="source", metadata="metadata", name=name)
+            active.submit(name, lambda kernel=kernel: kernel, *([lambda kernel: done.append(kernel.name)] * len(names)))
+        active.submit("c", lambda: 1 / 0, *([lambda kernel: done.append("c")] * len(names)))
+    assert {name[:4] for name in threads} == {"ours"}
+    assert len(threads) == 2
+    assert {"a", "b"} <= set(done)
 
 
 def test_every_kernel_of_a_layer_is_compiled_ahead(tmp_path: Path) -> None:
