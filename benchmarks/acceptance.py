@@ -48,7 +48,7 @@ STAGES = (
               "tests/ops/test_low_rank.py tests/ops/test_linear_cross_entropy.py tests/engine/test_graphs.py "
               "tests/engine/test_compiling.py tests/memory/test_decoded_weights.py tests/gpu/test_step.py "
               "--deselect=tests/gpu/test_step.py::test_generation_is_not_slower"),
-        (120, "pytest -q tests/gpu/test_first_step.py"),
+        (240, "pytest -q tests/gpu/test_first_step.py"),
     )),
     Stage("verify", (
         (150, "benchmarks.verifying"),
@@ -70,12 +70,12 @@ STAGES = (
               "--row qlora:2x512 --row lora:2x512 --row qlora:2x512:checkpointed"),
     )),
     Stage("budgets", (
-        (150, "benchmarks.memory --budgets 9GiB,10GiB,12GiB,16GiB,24GiB,40GiB"),
-        (90, 'benchmarks.memory --budgets 40GiB,80GiB --options {"base_weights":"auto"}'),
+        (170, "benchmarks.memory --budgets 9GiB,10GiB,12GiB,16GiB,24GiB,40GiB,80GiB"),
         (100, "benchmarks.memory --row qlora:2x512 --budgets 9GiB,12GiB,24GiB"),
     )),
     Stage("long", (
-        (260, "benchmarks.memory --row qlora:1x65536 --budgets 23GiB --warmup 2 --steps 1"),
+        (160, "benchmarks.memory --row qlora:1x65536 --budgets 23GiB --warmup 2 --steps 1"),
+        (180, "benchmarks.step --run unsloth-offload=qlora:1x65536:checkpointed --warmup 1 --steps 2 --no-profile"),
         (180, "benchmarks.longest --card 79.2 --run fastplug+memory=76GiB=344064,393216 "
               "--run unsloth-offload=262144,294912"),
     )),
