@@ -8,6 +8,7 @@ its output will never be read.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ import torch
 
 HOOK = "_recomputation_hook.__init__.<locals>.pack_hook"
 FIRST_HOOK = "_checkpoint_hook.__init__.<locals>.pack_hook"
+_ASKED: weakref.WeakSet[Callable[..., object]] = weakref.WeakSet()
 
 
 class Countdown(torch.autograd.graph.saved_tensors_hooks):
@@ -118,6 +120,21 @@ def nodes_stay() -> bool:
         return False
     hook = _recomputation()
     return checkpointing() == "checkpointed" if hook is None else not isinstance(hook, Countdown)
+
+
+def first_asking() -> bool:
+    """Whether nobody has asked this yet in the present pass of a region that ``torch.utils.checkpoint`` computes.
+
+    What only one node of a region may keep is kept by the same one in both passes.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return False
+    pack = inspect.unwrap(hooks[0])  # each pass has one of its own
+    if pack in _ASKED:
+        return False
+    _ASKED.add(pack)
+    return True
 
 
 def tensors_left() -> int | None:

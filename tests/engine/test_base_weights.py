@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastplug
 from fastplug.errors import OptionError
@@ -102,6 +103,33 @@ def test_a_layer_that_is_computed_again_decodes_gate_and_up_once_for_it_and_its_
         same(ours, step(twin, batch))
         assert decoded["decoded"] == shared + less * model.config.num_hidden_layers
     assert shared % model.config.num_hidden_layers == 0
+
+
+def test_of_layers_that_are_computed_again_together_one_keeps_decoded_weights(device, decoded, monkeypatch):
+    """They would all be there at once."""
+    model = patched(models.qlora(num_hidden_layers=3).to(device), graphs="off").train()
+    inner = model.get_base_model().model
+    tokens = models.batch(1, 16)["input_ids"].to(device)
+
+    def run(x):
+        positions = inner.rotary_emb(x, torch.arange(16, device=device)[None])
+        for layer in inner.layers:
+            x = layer(x, position_embeddings=positions, attention_mask=None)
+        return x
+
+    def gradients():
+        decoded.clear()
+        model.zero_grad()
+        x = inner.embed_tokens(tokens).detach().requires_grad_()
+        checkpoint(run, x, use_reentrant=False).float().square().mean().backward()
+        return decoded["decoded"], [p.grad for p in model.parameters() if p.grad is not None]
+
+    (first, mine), (second, again) = gradients(), gradients()
+    with monkeypatch.context() as m:
+        m.setattr(Group, "decoded_weights", lambda self: ())
+        alone, expected = gradients()
+    assert first == second == alone - 2
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(mine, again, expected, strict=True))
 
 
 def test_bad_input():

@@ -15,7 +15,7 @@ import torch
 from fastplug.ops.adapted_glu.reference import Adapted
 from fastplug.ops.lora.group import Grads, Group, Kept
 from fastplug.ops.lora.projection import PER_PROJECTION, Normed
-from fastplug.ops.recompute import nodes_stay
+from fastplug.ops.recompute import first_asking, nodes_stay
 
 if TYPE_CHECKING:
     from fastplug.ops.lora.gated_mlp import GatedMLP
@@ -46,7 +46,7 @@ class Unit:
         if down is None or type(spec.gate_up) is not Group:
             return cls(spec, *spec.gate_up.forward(normed), down, None)
         kept = spec.gate_up.adapters(normed)
-        if spec.decodes_once and nodes_stay():
+        if spec.decodes_once and nodes_stay() and first_asking():
             kept = kept._replace(base=spec.gate_up.decoded_weights())
         adapted = operands(spec, kept, down)
         if adapted is not None and not spec.down.ops.adapted_glu.suits(len(normed), adapted, spec.activation):

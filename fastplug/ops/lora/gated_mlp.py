@@ -38,6 +38,7 @@ class GatedMLP:
         keep_gate_up: Whether gate and up stay for the backward.
         decodes_once: Whether the second pass of gradient checkpointing keeps the decoded weights of gate and up for the
             backward, which follows at once: as much memory as they take, for decoding them twice a step and not thrice.
+            Of several MLPs that are computed again together the first one does.
         tile_rows: How many rows (tokens) are computed at once, None for all; several tiles keep no gate and up.
     """
 
