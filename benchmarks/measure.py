@@ -24,7 +24,7 @@ class Effort:
 
     warmup: int = 4
     steps: int = 10
-    seconds: float = 8.0  # of timed steps, but for the first three
+    seconds: float = 8.0  # of timed steps, after which the first three, if so many are asked for, still run
     profile: bool = True
 
 

@@ -97,10 +97,9 @@ def handover() -> Handover | None:
 def checkpointing() -> str:
     """What takes the tensors that nodes save: ``"nothing"`` but themselves, ``"checkpointed"`` where the first pass of
     ``torch.utils.checkpoint`` throws them away, or other ``"hooks"``."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None:
+    pack = _pack()
+    if pack is None:
         return "nothing"
-    pack = inspect.unwrap(hooks[0])
     first = getattr(pack, "__qualname__", None) == FIRST_HOOK and pack.__module__ == "torch.utils.checkpoint"
     return "checkpointed" if first else "hooks"
 
@@ -127,11 +126,8 @@ def first_asking() -> bool:
 
     What only one node of a region may keep is kept by the same one in both passes.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None:
-        return False
-    pack = inspect.unwrap(hooks[0])  # each pass has one of its own
-    if pack in _ASKED:
+    pack = _pack()  # each pass has one of its own
+    if pack is None or pack in _ASKED:
         return False
     _ASKED.add(pack)
     return True
@@ -161,12 +157,17 @@ def _recomputation() -> Countdown | Callable[..., object] | None:
     """
     if torch.compiler.is_compiling():
         return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None:
+    pack = _pack()
+    if pack is None:
         return None
-    countdown = getattr(hooks[0], "__self__", None)
+    countdown = getattr(pack, "__self__", None)
     if isinstance(countdown, Countdown):
         return None if countdown.total is None else countdown
-    pack: Callable[..., object] = inspect.unwrap(hooks[0])
     ours = getattr(pack, "__qualname__", None) == HOOK and pack.__module__ == "torch.utils.checkpoint"
     return pack if ours else None
+
+
+def _pack() -> Callable[..., object] | None:
+    """What takes the tensors that nodes save now, without what was wrapped around it; None: they keep them."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else inspect.unwrap(hooks[0])

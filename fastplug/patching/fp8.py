@@ -13,8 +13,7 @@ from fastplug.ops.fp8.device import fp8_reason
 from fastplug.ops.lora.fp8_base import MULTIPLE, Fp8
 from fastplug.options import Options
 from fastplug.patching.sites import Runtime
-
-KEEP = {"kept": True, "decoded": False, "auto": None}
+from fastplug.patching.weights import keeping
 
 
 def prepare(model: nn.Module, device: torch.device, runtime: Runtime) -> str | None:
@@ -29,10 +28,7 @@ def prepare(model: nn.Module, device: torch.device, runtime: Runtime) -> str | N
     reason = fp8_reason(device, runtime.ops.fp8.product)
     if reason is not None:
         raise OptionError(f"fastplug: compute={options.compute!r} is not possible: {reason}; leave compute='exact'")
-    keep = KEEP[options.fp8_weights]
-    if options.memory is not None and keep is None:
-        keep = False  # a budget is for what the plan knows of
-    runtime.fp8 = Fp8(options.compute == "fp8", keep)
+    runtime.fp8 = Fp8(options.compute == "fp8", keeping(options.fp8_weights, options))
     linears = _linears(model, runtime)
     exact = _named(linears, options)
     runtime.exact = weakref.WeakSet(exact)

@@ -18,12 +18,16 @@ def keeping(choice: str, options: Options) -> bool | None:
 
 def chosen(options: Options) -> str:
     """``Options.base_weights`` with what None comes to: what a budget leaves is there to be used."""
-    return options.base_weights or ("decoded" if options.memory in (None, *FORCED) else "auto")
+    return options.base_weights or ("auto" if _budget(options) else "decoded")
 
 
 def planned(options: Options) -> bool:
     """Whether a memory plan says how many decoded weights of a quantized base stay."""
-    return chosen(options) == "auto" and options.memory not in (None, *FORCED) and options.compute == "exact"
+    return chosen(options) == "auto" and _budget(options) and options.compute == "exact"
+
+
+def _budget(options: Options) -> bool:
+    return options.memory not in (None, *FORCED)
 
 
 def prepare(runtime: Runtime) -> str | None:

@@ -15,7 +15,7 @@ from fastplug.ops.ahead import launched
 from fastplug.ops.configs import config
 from fastplug.ops.int_weights import reference
 from fastplug.ops.int_weights.reference import Layout, check
-from fastplug.ops.int_weights.tiles import along_k, along_n, in_order, in_parts, table
+from fastplug.ops.int_weights.tiles import along_k, along_n, in_act_order, in_parts, table
 from fastplug.ops.launch import check_output, on_device, power_of_2, stride_unit
 from fastplug.ops.library import custom_op
 
@@ -65,7 +65,9 @@ def int_decode(
             words = max(min(columns, power_of_2(K)) // E, 1)
             if g_idx is not None and E * bits == width and _fits_table(N, scales, zeros, add_zero, factor):
                 form = (bits, SIGNS[sign], E, packed_zeros, zero_plus_one)
-                _in_order((codes, code_n, code_w), (scales, zeros, *numbers[:4]), g_idx, out, row_start, form)
+                _in_act_order(
+                    (codes, code_n, code_w), (scales, zeros, *numbers[:4]), g_idx, out, stride, row_start, form
+                )
                 return
             tile = tile if g_idx is None else tile // 2  # a scale of its own for each code takes registers
             BN = min(tile // (words * E), power_of_2(rows))
@@ -92,11 +94,12 @@ def int_decode(
             )  # fmt: skip
 
 
-def _in_order(
+def _in_act_order(
     codes: tuple[torch.Tensor, int, int],
     groups: tuple[torch.Tensor, torch.Tensor | None, int, int, int, int],
     g_idx: torch.Tensor,
     out: torch.Tensor,
+    stride: int,
     row_start: int,
     form: tuple[int, int, int, bool, bool],
 ) -> None:
@@ -107,11 +110,12 @@ def _in_order(
         groups: Scales and zero points, with their strides.
         g_idx: The group of each column.
         out: See :func:`decode`.
+        stride: Of its rows.
         row_start: The first row to decode.
         form: Bits and sign of a code, codes of a word, ``packed_zeros`` and ``zero_plus_one``.
     """
     (rows, K), (bits, sign, E, *zeros) = out.shape, form
-    scales, G, stride = groups[0], groups[0].shape[1], out.stride(0) if len(out) > 1 else out.shape[1]
+    scales, G = groups[0], groups[0].shape[1]
     entries = torch.empty(G, rows, dtype=torch.int32, device=out.device)
     launched(table, (triton.cdiv(rows, 256), G))(
         *groups[:2], entries, *groups[2:], row_start, rows, bits, *zeros, 256, num_warps=4
@@ -119,7 +123,7 @@ def _in_order(
     words, code_n, code_w = codes
     unit, BW = stride_unit(stride), max(min(64, power_of_2(K)) // E, 1)
     BN = min(2 * config(out.device).decoded // (BW * E), power_of_2(rows))
-    launched(in_order, (triton.cdiv(rows, BN), triton.cdiv(K, BW * E)))(
+    launched(in_act_order, (triton.cdiv(rows, BN), triton.cdiv(K, BW * E)))(
         words.flatten()[row_start * code_n :], entries, g_idx, out, code_n, code_w, stride // unit, rows, K,
         -(-K // E), bits, sign, DTYPES[scales.dtype], E, unit, BN, BW, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

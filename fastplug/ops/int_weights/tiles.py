@@ -3,9 +3,9 @@
 In :func:`along_k` the codes of a word are neighbours in a row, in :func:`along_n` (AWQ) and :func:`in_parts` (HQQ) they
 belong to different rows. Each loads a tile of words, the memory's way round, and stores a tile of the weight in rows.
 Where a tile lies within one group of columns, which is so for all common group sizes, a row of it needs one scale.
-Where every column has a group of its own (act-order), :func:`in_order` reads the scale and the zero point of each code
-as one word of a :func:`table`. Tiles of :func:`along_k` are [words, rows, codes of a word]: of several dimensions as
-good as each other the compiler gives neighbouring threads the first, and these store whole stretches of a row so.
+Where every column has a group of its own, :func:`in_act_order` reads the scale and the zero point of each code as one
+word of a :func:`table`. Tiles of :func:`along_k` are [words, rows, codes of a word]: of several dimensions as good as
+each other the compiler gives neighbouring threads the first, and these store whole stretches of a row so.
 
 Every operation is rounded to the dtype of the scales, as PyTorch rounds it, and none is contracted: the result is that
 of the owning library, bit for bit.
@@ -45,6 +45,16 @@ def _three_bits(words_ptr, word, stride, e, mask):
     low, high = (second << 32) | first, (third << 32) | second
     begin = (3 * e - tl.where(e < 16, 0, 32)).to(tl.uint64)
     return (tl.where(e < 16, low[:, :, None], high[:, :, None]) >> begin).to(tl.int32) & 7
+
+
+@triton.jit
+def _signed(code, BITS: tl.constexpr, SIGN: tl.constexpr):
+    """What a code means: unsigned, in twos complement (1), or less half of its range (2)."""
+    if SIGN == 1:
+        code = (code ^ (1 << (BITS - 1))) - (1 << (BITS - 1))
+    if SIGN == 2:
+        code = code - (1 << (BITS - 1))
+    return code
 
 
 @triton.jit
@@ -100,10 +110,7 @@ def _weight(
     SCALED: tl.constexpr,
     WRAP: tl.constexpr,
 ):
-    if SIGN == 1:
-        code = (code ^ (1 << (BITS - 1))) - (1 << (BITS - 1))
-    if SIGN == 2:
-        code = code - (1 << (BITS - 1))
+    code = _signed(code, BITS, SIGN)
     row = (n % period if WRAP else n).to(tl.int64)
     group = group.to(tl.int64)
     scale = tl.load(scales_ptr + row * scale_n + group * scale_g, mask=mask, other=0.0)
@@ -191,7 +198,7 @@ def along_k(
 
 
 @triton.jit
-def in_order(
+def in_act_order(
     codes_ptr,
     entries_ptr,  # int32 [G, rows], see table
     g_idx_ptr,  # [K]
@@ -220,10 +227,7 @@ def in_order(
         codes_ptr + word.to(tl.int64)[:, None] * code_w + n.to(tl.int64)[None, :] * code_n, mask=mask, other=0
     ).to(tl.int32)
     code = (words[:, None, :] >> (e * BITS)[None, :, None]) & ((1 << BITS) - 1)
-    if SIGN == 1:
-        code = (code ^ (1 << (BITS - 1))) - (1 << (BITS - 1))
-    if SIGN == 2:
-        code = code - (1 << (BITS - 1))
+    code = _signed(code, BITS, SIGN)
     group = tl.load(g_idx_ptr + word[:, None] * E + e[None, :], mask=(word < words_in_row)[:, None], other=0)
     entry = tl.load(entries_ptr + group[:, :, None] * rows + n[None, None, :], mask=mask[:, None, :], other=0)
     scale = entry.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)

@@ -154,11 +154,13 @@ class _Head:
         total = hidden.shape[0]
         self.rows = total if counted is None else counted.shape[0]
         width = vocabulary if counted is None else vocabulary + 2 * hidden.shape[1]
-        cut = functools.partial(chunks, vocabulary=width, dtype=dtype, device=hidden.device, size=size)
-        self.chunks = cut(self.rows, halves=not trained)  # the gradient of a trained weight is summed over chunks
+        # The gradient of a trained weight is summed over chunks: the fewer the better.
+        halves = not trained
+        cut = functools.partial(chunks, vocabulary=width, dtype=dtype, device=hidden.device, size=size, halves=halves)
+        self.chunks = cut(self.rows)
         longest = self.chunks[0].stop if self.chunks else 0
         if counted is not None and total:
-            longest = max(longest, cut(total, halves=not trained)[0].stop)
+            longest = max(longest, cut(total)[0].stop)
         # Rows that start at multiples of 128 bytes keep cuBLAS and the kernel on their vectorised paths.
         stride = vocabulary if hidden.device.type == "cpu" else -(-vocabulary // 64) * 64
         self.buffer = hidden.new_empty((longest, stride), dtype=dtype)[:, :vocabulary]

@@ -91,7 +91,7 @@ class Group:
         start = out is not None  # whether out already holds something to add to
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
-        return self._based(out, x, self.adapted.add(out, kept, start, factor), factor, kept.base)
+        return self._based(out, x, kept.base, self.adapted.add(out, kept, start, factor), factor)
 
     def onto(self, start: torch.Tensor, x: torch.Tensor, kept: Kept, factor: float) -> torch.Tensor:
         """start + factor · y in a new tensor, given :meth:`adapters`.
@@ -102,11 +102,11 @@ class Group:
         if base is not None:
             return self._biased(torch.add(start, base, alpha=factor), factor)
         if kept.xa is None or kept.b is None:
-            return self._based(start.clone(), x, True, factor)
-        return self._based(self.ops.low_rank.added(start, kept.xa, kept.b, factor), x, True, factor)
+            return self._based(start.clone(), x, kept.base, True, factor)
+        return self._based(self.ops.low_rank.added(start, kept.xa, kept.b, factor), x, kept.base, True, factor)
 
     def _based(
-        self, out: torch.Tensor, x: torch.Tensor, start: bool, factor: float, base: tuple[torch.Tensor, ...] = ()
+        self, out: torch.Tensor, x: torch.Tensor, base: tuple[torch.Tensor, ...], start: bool, factor: float
     ) -> torch.Tensor:
         """factor · (x Wᵀ + bias) in ``out``, added to what is there if ``start``; ``base`` as in :class:`Kept`."""
         for weight, rows, _ in self._weights(base):
@@ -222,12 +222,15 @@ class Group:
         """Where each stored weight lies and which version it is: what is derived from them holds while this does."""
         return _state([p.read() for p in self.projections])
 
-    def decoded_weights(self) -> tuple[torch.Tensor, ...]:
-        """What :attr:`Kept.base` holds, where each weight has to be decoded for each product; else nothing."""
+    def decodes_each_time(self) -> bool:
+        """Whether every weight has to be decoded for each product."""
         if self.fp8 is not None or self.weights is not None:
-            return ()
-        weights = self._weights()
-        return tuple(weight.matrix for weight in weights) if all(weight.decoded for weight in weights) else ()
+            return False
+        return not any(p.read().stored_densely for p in self.projections)
+
+    def decoded_weights(self) -> tuple[torch.Tensor, ...]:
+        """What :attr:`Kept.base` holds, of a group that :meth:`decodes_each_time`."""
+        return tuple(weight.matrix for weight in self._weights())
 
     def _weights(self, base: tuple[torch.Tensor, ...] = ()) -> list[Weight]:
         """The dense weights: one for all that had to be decoded together. Those of ``base`` are there already."""

@@ -56,7 +56,7 @@ def plan(mlp: nn.Module, family: Family, runtime: Runtime, x: torch.Tensor, norm
     if down.dtype != gate_up.dtype:
         return f"{family.down} computes in {down.dtype}, {family.gate} in {gate_up.dtype}"
     gate_up.output_known = isinstance(gate_up, DoraGroup)  # the node keeps gate and up
-    once = runtime.options.memory is None  # a plan counts on what layers need without
+    once = runtime.options.memory is None and gate_up.decodes_each_time()  # a plan counts on what is needed without
     return GatedMLP(gate_up, down, ACTIVATIONS[activation], norm, decodes_once=once)
 
 
