@@ -63,6 +63,7 @@ class OpTable:
     column_dots: Any
     scaling: Any
     adapted_glu: Any
+    adapter_matrices: Any
 
     def __init__(self, chosen: Iterable[OpImplementation]) -> None:
         self.names: dict[str, str] = {}
@@ -165,6 +166,7 @@ TRITON_OPS = (
     "column_dots",
     "scaling",
     "adapted_glu",
+    "adapter_matrices",
 )
 
 

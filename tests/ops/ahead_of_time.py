@@ -142,6 +142,7 @@ def launches(dtype: torch.dtype = torch.bfloat16, hidden: int = 4096, inner: int
 
 def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
     """Likewise for the kernels that read and write weights of other formats, and for the products."""
+    from fastplug.ops.adapter_matrices import kernel as adapter_matrices
     from fastplug.ops.column_dots import kernel as column_dots
     from fastplug.ops.float_weights import kernel as float_weights
     from fastplug.ops.float_weights.reference import Layout as Float
@@ -174,6 +175,9 @@ def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
     float_weights.decode(codes(n, k, kind=bytes_), scales(n, 1), Float((n, k), "e4m3", (1, k)), out)
     mx = Float((n, k), "e2m1", (1, 32), "e8m0")
     float_weights.decode(codes(n, k // 2, kind=bytes_), codes(n, k // 32, kind=bytes_), mx, out)
+    for count in (1, 2, 3):
+        a, b = [torch.empty(16, k)] * count, [torch.empty(n, 16)] * count
+        adapter_matrices.matrices(a, b, [n * i for i in range(count)], n * count, torch.bfloat16)
     column_dots.column_dots(out, out)
     scaling.scale_columns(out, torch.empty(k), torch.empty_like(out))
     scaling.scale_columns(out, torch.empty(k), torch.empty_like(out), accumulate=True)

@@ -12,6 +12,7 @@ import torch
 
 from fastplug.ops.lora.matmul import drop, joins, mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
+from fastplug.ops.table import OpTable
 
 
 class Block(NamedTuple):
@@ -25,8 +26,9 @@ class Block(NamedTuple):
 class Adapters:
     """The adapters of projections of one tensor x [tokens, in_features], computed in ``dtype``."""
 
-    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
+    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, ops: OpTable) -> None:
         self.dtype = dtype
+        self.ops = ops
         self.count = len(projections)
         self.out_features = sum(p.shape[0] for p in projections)
         self.in_features = projections[0].shape[1]
@@ -44,22 +46,6 @@ class Adapters:
         self._index = {id(p): i * PER_PROJECTION for i, p in enumerate(projections)}
 
     # --- matrices -------------------------------------------------------------------------------------------------
-
-    def _stacked_a(self) -> torch.Tensor:
-        """[rank, in_features] in the compute dtype."""
-        parts = [p.a.detach() for p, _, _ in self.blocks if p.a is not None]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
-
-    def _block_b(self) -> torch.Tensor:
-        """[out_features, rank] in the compute dtype, block-diagonal."""
-        b = self.blocks[0].projection.b
-        assert b is not None
-        if self.count == 1:
-            return b.detach().to(self.dtype)
-        block = b.new_zeros(self.out_features, self.rank, dtype=self.dtype)
-        targets = [block[rows, columns] for _, rows, columns in self.blocks]
-        torch._foreach_copy_(targets, [p.b.detach() for p, _, _ in self.blocks if p.b is not None])
-        return block
 
     def tiles(self, tensor: torch.Tensor) -> list[tuple[slice, slice]]:
         """(rows of y, columns of x Aᵀ) of the products with B; of one for all, zeros included."""
@@ -90,7 +76,13 @@ class Adapters:
 
     def matrices(self) -> Kept:
         """A and B, all that the backward keeps but for what follows from x."""
-        return Kept(None, self._stacked_a(), self._block_b(), (None,) * len(self.blocks)) if self.blocks else Kept()
+        if not self.blocks:
+            return Kept()
+        a = [p.a.detach() for p, _, _ in self.blocks if p.a is not None]
+        b = [p.b.detach() for p, _, _ in self.blocks if p.b is not None]
+        rows = [rows.start for _, rows, _ in self.blocks]
+        stacked, block = self.ops.adapter_matrices.matrices(a, b, rows, self.out_features, self.dtype)
+        return Kept(None, stacked, block, (None,) * len(self.blocks))
 
     def forward(self, x: torch.Tensor, matrices: Kept | None = None) -> Kept:
         """Everything that the backward keeps, for x [tokens, in_features] in the compute dtype."""

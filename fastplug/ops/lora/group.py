@@ -55,7 +55,7 @@ class Group:
         self.ops = ops
         self.out_features = sum(p.shape[0] for p in projections)
         self.in_features = projections[0].shape[1]
-        self.adapted = Adapters(projections, dtype)
+        self.adapted = Adapters(projections, dtype, ops)
         self.weights = weights
         self.fp8 = fp8 if fp8 is not None and fp8.covers(self) else None
 
