@@ -202,6 +202,9 @@ def test_recordings_of_long_steps_give_their_memory_back(monkeypatch: pytest.Mon
     model, x = build("lora"), tokens(4, 1024)
     monkeypatch.setattr(replay, "FLOPS", 4 * x.numel() * weights(model) / 2)
     fastplug.apply(model, compute="fp8")
+    gc.collect()
+    torch.cuda.empty_cache()
+    scattered = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # around what earlier tests have left
     taken = []
     for _ in range(4):
         gradients(model, x)
@@ -215,7 +218,7 @@ def test_recordings_of_long_steps_give_their_memory_back(monkeypatch: pytest.Mon
     torch.cuda.empty_cache()
     assert not recordings(model)
     assert torch.cuda.memory_allocated() <= taken[1] + (100 << 20)
-    assert torch.cuda.memory_reserved() <= torch.cuda.memory_allocated() + (128 << 20)
+    assert torch.cuda.memory_reserved() <= torch.cuda.memory_allocated() + scattered + (128 << 20)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
