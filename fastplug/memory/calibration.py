@@ -80,7 +80,7 @@ class Agreed:
             return True
         if abs(self.host - other.host) > max(room, HOST_NEAR * other.host):
             return True
-        if abs(self.slack - other.slack) > 0.005 or abs(self.copy / other.copy - 1) > NEAR:
+        if abs(self.slack - other.slack) > 0.005:
             return True
         for mine, theirs in ((self.ms, other.ms), (self.saved, other.saved)):
             if mine.keys() != theirs.keys() or any(abs(mine[p] / theirs[p] - 1) > NEAR for p in mine):
@@ -177,12 +177,6 @@ class Calibration:
     def disturbed(self) -> None:
         """Memory ran out: what is being observed tells of that, not of layers."""
         self._open.clear()
-
-    def forget(self) -> None:
-        """Observe anew: the times so far are of steps that something else held up."""
-        self._open.clear()
-        self._ms.clear()
-        self._seen.clear()
 
     def _note(self, observation: Observation, ms: float) -> None:
         reasoned = observation.cost.ms

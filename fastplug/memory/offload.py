@@ -14,7 +14,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -27,7 +26,6 @@ MOST_HOLES = 1.25
 # A view goes with the whole memory it looks into if that is no more than this factor larger: q, k and v lie in one
 # buffer and are saved one by one.
 LARGEST_WHOLE = 2
-MOST_TIMED = 4096  # copies each way: of more than ten steps of a large model
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -141,29 +139,16 @@ class Group:
                 handle.on_device = None
 
 
-class Timed(NamedTuple):
-    """A copy between two moments of its stream."""
-
-    size: int
-    begun: torch.cuda.Event
-    done: torch.cuda.Event
-
-
 class Offloader:
     """Moves tensors of one device to the host and back.
 
     Args:
         device: On a CUDA device the host's memory is pinned and copies run beside the computation; elsewhere they are
             plain copies.
-
-    Attributes:
-        timed: Whether copies that begin now are measured, see :meth:`rate`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.timed = False
-        self._times: dict[bool, list[Timed]] = {True: [], False: []}  # of copies out, and of copies in
         self.pool = HostPool(pinned=device.type == "cuda")
         self._stream: torch.cuda.Stream | None = None
         self._groups: list[weakref.ref[Group]] = []
@@ -223,7 +208,7 @@ class Offloader:
         """Begin to copy a tensor of one dimension to the host; the handle keeps it on the device for now."""
         flat = tensor.view(torch.uint8)
         handle = Handle(self.pool, flat, self.pool.take(flat.numel()))
-        self._copy([(piece[: len(part)], part) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle, True)
+        self._copy([(piece[: len(part)], part) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
         return handle
 
     def copy_in(self, handle: Handle) -> None:
@@ -233,28 +218,14 @@ class Offloader:
         flat = torch.empty(handle.size, dtype=torch.uint8, device=self.device)
         handle.on_device = flat
         handle.owner = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        self._copy([(part, piece[: len(part)]) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle, False)
-
-    def rate(self) -> float | None:
-        """10^9 bytes a second of the measured copies that are done, in the slower direction; None if there were none.
-
-        Each counts once. What a copy waits for is not in it, what slows it beside the computation is.
-        """
-        rates = []
-        for times in self._times.values():
-            size, ms = 0, 0.0
-            while times and times[0].done.query():
-                time = times.pop(0)
-                size, ms = size + time.size, ms + time.begun.elapsed_time(time.done)
-            rates += [size / ms / 1e6] if ms else []
-        return min(rates, default=None)
+        self._copy([(part, piece[: len(part)]) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
 
     def wait(self, handle: Handle) -> None:
         """Let the computing stream wait for the latest copy of a handle."""
         if handle.event is not None:
             torch.cuda.current_stream(self.device).wait_event(handle.event)
 
-    def _copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], handle: Handle, out: bool) -> None:
+    def _copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], handle: Handle) -> None:
         if self.device.type != "cuda":
             for target, source in pairs:
                 target.copy_(source)
@@ -263,13 +234,10 @@ class Offloader:
             self._stream = torch.cuda.Stream(self.device)
         # What is copied out has been computed, and what a copy in overwrites is no longer read, when this wait is over.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        begun = self._stream.record_event(torch.cuda.Event(enable_timing=True)) if self.timed else None
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-        handle.event = self._stream.record_event(torch.cuda.Event(enable_timing=self.timed))
-        if begun is not None and len(self._times[out]) < MOST_TIMED:
-            self._times[out].append(Timed(handle.size, begun, handle.event))
+        handle.event = self._stream.record_event()
 
     def _alive(self) -> list[Group]:
         groups = [reference() for reference in self._groups]

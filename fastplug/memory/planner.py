@@ -16,7 +16,6 @@ from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, gib
 from fastplug.memory.calibration import Agreed, Observation
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.host_memory import copy_rate
 from fastplug.memory.making import Maker
 from fastplug.memory.meter import Meter, meter_for
 from fastplug.memory.oom import Room
@@ -152,8 +151,6 @@ class Planner:
         stock = self._start(x.device)
         self._forwards += 1
         stock.calibration.begin(shape)
-        for offloader in self._offloaders():
-            offloader.timed = stock.calibration.watching
         waiting = self.room.forwards(0)
         group = agreement.group_of(layer)
         if self.pinned and self._urgent:
@@ -173,9 +170,6 @@ class Planner:
             held = sum(self.recordings.held().values())
             if x.is_cuda:  # on a CPU nobody counts what is decoded
                 held += sum(kept.held for kept in self._weights)
-            rates = [rate for rate in (offloader.rate() for offloader in self._offloaders()) if rate is not None]
-            if rates:
-                stock.copied(self._reading.copies(min(rates)))
             local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
             self._reading.in_backward = stock.states.in_backward
             agreed = of_all(local, x.device, group)
@@ -243,7 +237,7 @@ class Planner:
         self._reading.read(device)
         self._release()  # what loading and quantizing left in the cache
         trained = [p for p in model.parameters() if p.requires_grad]
-        copies = self._reading.copies(copy_rate(device) if self.options.memory not in FORCED else None)
+        copies = self._reading.copies(device) if self.options.memory not in FORCED else 1.0
         self.stock = Stock(self.options, self.meter, self.room, trained, Optimizers(trained, device), copies)
         self.recordings.possible = possible(self.options.graphs, device)
         weights = {binding.runtime.weights for binding in self._bindings()} - {None}

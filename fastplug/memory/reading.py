@@ -18,6 +18,7 @@ from fastplug.memory.checkpoint import attention_refusal
 from fastplug.memory.costs import LayerCosts
 from fastplug.memory.estimate import TILES, Estimate, estimate, keepable
 from fastplug.memory.gpus import CPU, GPU, find, of_memory
+from fastplug.memory.host_memory import copy_rate
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
 from fastplug.options import Options
@@ -142,9 +143,10 @@ class Reading:
     def count(self) -> int:
         return len(self._sites)
 
-    def copies(self, rate: float | None) -> float:
-        """Measured over assumed milliseconds of copies to the host's memory, for 10^9 bytes a second that were."""
-        return 1.0 if rate is None else self._gpu.host / rate
+    def copies(self, device: torch.device) -> float:
+        """Measured over assumed milliseconds of copies to the host's memory. Waits for the device."""
+        measured = copy_rate(device)
+        return 1.0 if measured is None else self._gpu.host / measured
 
 
 def _share(parameters: Iterable[Any]) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 from fastplug.errors import OptionError
 from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, amount, gib
-from fastplug.memory.calibration import NEAR, Agreed, Calibration
+from fastplug.memory.calibration import Agreed, Calibration
 from fastplug.memory.host_memory import RESERVE
 from fastplug.memory.host_memory import available as host_available
 from fastplug.memory.meter import Meter, local_bytes, meter_for
@@ -38,7 +38,7 @@ class Stock:
         room: What waits for its backward.
         trained: The parameters that get gradients.
         optimizers: What trains them.
-        copy: Measured over assumed milliseconds of copies to the host's memory, of a few before the first step.
+        copy: Measured over assumed milliseconds of copies to the host's memory.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Stock:
         optimizers: Optimizers,
         copy: float = 1.0,
     ) -> None:
-        self.options, self.meter, self.room, self.copy = options, meter, room, copy
+        self.options, self.meter, self.room, self._copy = options, meter, room, copy
         self.calibration = Calibration(meter)
         self.lowered = 0  # bytes by which plans are made smaller since memory ran out
         self.predicted = 0  # the highest allocation that the plans since the last agreement foretold
@@ -96,23 +96,12 @@ class Stock:
             host=self._host(pinned),
             accumulating=gradients > 0 or (known is not None and known.accumulating),
             live=max(waiting + 1, 1 if known is None else known.live),
-            copy=self.copy,
+            copy=self._copy,
             caution=int(YOUNG_SHARE * available) if young and not self.lowered else 0,
             assumed=0 if self.states.certain else self._to_come,
             ms=self.calibration.ms(),
             saved=self.calibration.saved(),
         )
-
-    def copied(self, ratio: float) -> None:
-        """What copies beside layers took: of such size and number, they are slower on some machines.
-
-        Layers wait for copies that are slower than planned, and not only those that are copied. So what was observed
-        meanwhile does not count, and the next forwards are observed.
-        """
-        slower = ratio > (1 + NEAR) * self.copy
-        self.copy = ratio
-        if slower:
-            self.calibration.forget()
 
     def stepped(self) -> bool:
         """Whether an optimizer has stepped since the last time that this was asked, and had not before.

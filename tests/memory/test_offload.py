@@ -101,32 +101,6 @@ def test_two_layers_are_on_the_device_at_a_time(mover: Offloader, device: torch.
         assert resident() == now
 
 
-@pytest.mark.gpu
-def test_copies_are_measured_both_ways(device: torch.device) -> None:
-    mover, value = Offloader(exactly(device)), random(device, 64 * 2**20)
-    assert mover.rate() is None
-    for timed in (False, True):
-        mover.timed = timed
-        groups = [mover.group() for _ in range(3)]
-        packed = [group.pack(value.clone()) for group in groups]
-        for group, kept in zip(reversed(groups), reversed(packed)):
-            assert torch.equal(group.unpack(kept), value)
-        torch.cuda.synchronize()
-        found = mover.rate()
-        assert found is None if not timed else 1 < found < 1000
-    assert mover.rate() is None
-
-
-def test_plain_copies_are_not_measured(device: torch.device) -> None:
-    if device.type == "cuda":
-        pytest.skip("they run beside the computation there")
-    mover = Offloader(device)
-    mover.timed = True
-    group = mover.group()
-    group.unpack(group.pack(random(device, 2**21)))
-    assert mover.rate() is None
-
-
 def test_pieces_are_given_back_when_a_graph_is_gone(mover: Offloader, device: torch.device) -> None:
     group = mover.group()
     packed = group.pack(random(device, 1000))

@@ -13,7 +13,6 @@ import torch
 import fastplug
 from fastplug import OptionError
 from fastplug.memory import offload
-from fastplug.memory.gpus import CPU
 from fastplug.memory.making import Maker
 from fastplug.memory.plan import Plan
 from fastplug.memory.planner import Planner
@@ -197,28 +196,6 @@ def test_what_was_measured_changes_the_plan() -> None:
     for policy, ratio in planner.agreed.ms.items():  # two marks make 5 ms, a forward and a backward 10
         assert ratio == pytest.approx(10.0 / reasoned[0][policy].ms)
     assert planner.plan.ms > plan.ms
-
-
-@pytest.mark.parametrize(("ratio", "watched"), [(None, 3), (1.0, 3), (2.0, 4), (0.5, 3)])
-def test_copies_that_are_slower_beside_layers_are_planned_with(
-    monkeypatch: pytest.MonkeyPatch, ratio: float | None, watched: int
-) -> None:
-    """And layers that waited for them are observed again."""
-    model, planner, device = planned("2200KiB")
-    device.clock = 5.0
-    measured = [] if ratio is None else [CPU.host / ratio]  # read once
-    monkeypatch.setattr(offload.Offloader, "rate", lambda self: measured.pop() if measured else None)
-    timed = []
-    for _ in range(9):
-        gradients(model, BATCH)
-        (mover,) = planner._offloaders()
-        timed.append(mover.timed)
-    assert planner.stock is not None
-    assert planner.agreed is not None
-    assert planner.plan is not None
-    assert planner.stock.copy == planner.agreed.copy == (ratio or 1.0)
-    assert sum(timed) == watched
-    assert planner.agreed.ms.keys() >= set(planner.plan.policies)
 
 
 def test_a_peak_above_the_plan_makes_the_next_plans_smaller() -> None:
