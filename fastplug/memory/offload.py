@@ -128,8 +128,7 @@ class Group:
 
     def enter(self) -> None:
         """Begin to copy back what is not on the device, what the forward saved last first."""
-        for handle in reversed(self.handles):
-            self._offloader.copy_in(handle)
+        self._offloader.copy_in(*reversed(self.handles))
 
     def leave(self) -> None:
         """Give up the device memory."""
@@ -208,36 +207,45 @@ class Offloader:
         """Begin to copy a tensor of one dimension to the host; the handle keeps it on the device for now."""
         flat = tensor.view(torch.uint8)
         handle = Handle(self.pool, flat, self.pool.take(flat.numel()))
-        self._copy([(piece[: len(part)], part) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
+        pairs = [(piece[: len(part)], part) for piece, part in zip(handle.pieces, flat.split(PIECE))]
+        self._copy([(handle, pairs)])
         return handle
 
-    def copy_in(self, handle: Handle) -> None:
-        """Begin to copy back what is not on the device."""
-        if handle.on_device is not None:
-            return
-        flat = torch.empty(handle.size, dtype=torch.uint8, device=self.device)
-        handle.on_device = flat
-        handle.owner = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        self._copy([(part, piece[: len(part)]) for piece, part in zip(handle.pieces, flat.split(PIECE))], handle)
+    def copy_in(self, *handles: Handle) -> None:
+        """Begin to copy back what is not on the device, in this order."""
+        jobs = []
+        for handle in handles:
+            if handle.on_device is None:
+                flat = handle.on_device = torch.empty(handle.size, dtype=torch.uint8, device=self.device)
+                handle.owner = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+                jobs.append(
+                    (handle, [(part, piece[: len(part)]) for piece, part in zip(handle.pieces, flat.split(PIECE))])
+                )
+        self._copy(jobs)
 
     def wait(self, handle: Handle) -> None:
         """Let the computing stream wait for the latest copy of a handle."""
         if handle.event is not None:
             torch.cuda.current_stream(self.device).wait_event(handle.event)
 
-    def _copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], handle: Handle) -> None:
+    def _copy(self, jobs: list[tuple[Handle, list[tuple[torch.Tensor, torch.Tensor]]]]) -> None:
+        """Copy (target, source) of each handle."""
         if self.device.type != "cuda":
-            for target, source in pairs:
-                target.copy_(source)
+            for _, pairs in jobs:
+                for target, source in pairs:
+                    target.copy_(source)
+            return
+        if not jobs:
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         # What is copied out has been computed, and what a copy in overwrites is no longer read, when this wait is over.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-        handle.event = self._stream.record_event()
+            for handle, pairs in jobs:
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+                handle.event = self._stream.record_event()
 
     def _alive(self) -> list[Group]:
         groups = [reference() for reference in self._groups]

@@ -38,6 +38,11 @@ class LayerPlans:
         self._known: list[tuple[Fingerprint, dict[Hashable, Any]]] = []
         self._changes = 0
 
+    @property
+    def latest(self) -> Fingerprint | None:
+        """What the layer was at its last call; None where it is read at every call."""
+        return self._known[0][0] if self._known else None
+
     def get(self, layer: nn.Module, key: Hashable, read: Callable[[], P | str]) -> P | str:
         """The plan, or why there is none: the one of an earlier call with this key, or what ``read`` makes now."""
         if self._changes > CHANGES:
