@@ -4,27 +4,36 @@ Times come from pairs of events in the device's own stream, which are read a ste
 them: nothing waits. Sizes come from the allocator's counter around a layer's forward. Both are kept as ratios of
 measured to reasoned, one for each policy, so that they hold for every layer and every shape, are few enough to be
 agreed on by all ranks, and are saved with the plans.
+
+What copies to the host's memory cost cannot be told from a plan that copies: the layers beside them are slower, for one
+reason or another, by 3% of a step on some machines and by 18% on others. So some early forwards follow a plan without
+copies, which gives the same bits.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from fastplug.memory.costs import LayerCosts, PolicyCost
+from fastplug.memory.costs import BESIDE, LayerCosts, PolicyCost
 from fastplug.memory.estimate import SLACK
 from fastplug.memory.meter import Mark, Meter
 from fastplug.memory.policy import SPREAD, Policy
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
+COMPARED = 7  # forwards until which shapes are observed whose plan copies to the host's memory, and
+WITHOUT = (5, 7)  # those among them that do not: the first ones plan with caution, and each new plan has to settle
 # Whether a policy copies to the host's memory -> how much higher its ratio may be than the lowest one. In quiet runs on
 # an H100 nearly all were within 1.05 and 1.15 of it. A host that was slow for a while made them 1.3 and 1.7 times as
 # high, so that layers were computed again that there was room for.
 ALIKE = {False: 1.1, True: 1.25}
 NEAR = 0.05  # a ratio that moves by less says the same
+NEAR_BESIDE = 0.02  # likewise of what copies cost
 HOST_NEAR = 0.25  # of the host's free memory: what data loaders and other processes take comes and goes
 
 
@@ -44,6 +53,7 @@ class Agreed:
         accumulating: Whether gradients of an earlier micro-batch are there in the forward.
         live: How many forwards wait for their backward at a time.
         copy: Measured over assumed milliseconds of copies to the host's memory.
+        beside: Share of that time by which the computation beside it takes longer.
         caution: Bytes that the first plans leave unused where they can: kernels are still being loaded, and the
             allocator has yet to find blocks of the right sizes.
         assumed: Bytes of ``fixed`` that are states of an optimizer nobody has seen: it may have smaller ones, or none.
@@ -60,6 +70,7 @@ class Agreed:
     accumulating: bool = False
     live: int = 1
     copy: float = 1.0
+    beside: float = BESIDE
     caution: int = 0
     assumed: int = 0
     ms: dict[Policy, float] = field(default_factory=dict)
@@ -80,7 +91,7 @@ class Agreed:
             return True
         if abs(self.host - other.host) > max(room, HOST_NEAR * other.host):
             return True
-        if abs(self.slack - other.slack) > 0.005:
+        if abs(self.slack - other.slack) > 0.005 or abs(self.beside - other.beside) > NEAR_BESIDE:
             return True
         for mine, theirs in ((self.ms, other.ms), (self.saved, other.saved)):
             if mine.keys() != theirs.keys() or any(abs(mine[p] / theirs[p] - 1) > NEAR for p in mine):
@@ -104,6 +115,7 @@ class Agreed:
                     ms=cost.ms * ratio,
                     forward_ms=cost.forward_ms * ratio,
                     copy_ms=cost.copy_ms * self.copy,
+                    beside=self.beside,
                     saved=saved + others,
                     forward_peak=cost.forward_peak + more + others,
                     backward_peak=max(cost.backward_peak + more, saved) + others,
@@ -116,8 +128,8 @@ class Agreed:
 class Observation:
     """One layer's forward and backward, as they are measured."""
 
-    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost) -> None:
-        self._meter, self.policy, self.cost = meter, policy, cost
+    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, forward: int = 0, copying: bool = False) -> None:
+        self._meter, self.policy, self.cost, self.forward, self.copying = meter, policy, cost, forward, copying
         self._before = meter.allocated()
         self._marks: list[Mark] = [meter.mark()]
         self.saved: int | None = None
@@ -142,15 +154,44 @@ def _lowest_quarter(ratios: Sequence[float]) -> float:
     return sorted(ratios)[(len(ratios) - 1) // 4]
 
 
-class Calibration:
-    """What was observed on this rank."""
+class Timed(NamedTuple):
+    """What an observation said."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
+    policy: Policy
+    cost: PolicyCost
+    ms: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over reasoned milliseconds."""
+        reasoned = self.cost.ms
+        if self.policy is not SPREAD:  # for whose copies nothing waits
+            reasoned += self.cost.waiting()
+        return self.ms / reasoned
+
+
+class Calibration:
+    """What was observed on this rank.
+
+    Args:
+        meter: The device's time and memory.
+        copy: Measured over assumed milliseconds of copies to the host's memory.
+
+    Attributes:
+        beside: Share of the copies' time by which a forward and its backward take longer than without them, once a
+            shape had both.
+        watching: Whether the present forward is observed.
+    """
+
+    def __init__(self, meter: Meter, copy: float = 1.0) -> None:
+        self._meter, self._copy = meter, copy
+        self.beside: float | None = None
         self._seen: dict[tuple[int, int], int] = defaultdict(int)
         self._open: list[Observation] = []
-        self._ms: dict[Policy, list[float]] = defaultdict(list)
+        self._times: dict[bool, dict[int, list[Timed]]] = {False: {}, True: {}}  # by whether a forward copied, and it
         self._saved: dict[Policy, list[float]] = defaultdict(list)
+        self._forward = 0
+        self._copying = False
         self.watching = False
 
     def begin(self, shape: tuple[int, int]) -> None:
@@ -164,13 +205,25 @@ class Calibration:
             self._note(observation, ms)
         self._open = waiting[-512:]  # forwards without a backward are forgotten
         self._seen[shape] += 1
-        self.watching = 1 < self._seen[shape] <= 1 + FORWARDS
+        self._forward += 1
+        if self.beside is None and self._seen[shape] > COMPARED:
+            self.beside = self._compared()
+        self.follow(shape, False, False)
+
+    def compares(self, shape: tuple[int, int]) -> bool:
+        """Whether this forward is to follow a plan without copies, if its plan copies."""
+        return self._seen[shape] in WITHOUT and self.beside is None
+
+    def follow(self, shape: tuple[int, int], copies: bool, copying: bool) -> None:
+        """What this forward follows: whether the plan for its shape copies, and whether the forward does."""
+        last = COMPARED if copies and self.beside is None else 1 + FORWARDS
+        self.watching, self._copying = 1 < self._seen[shape] <= last, copying
 
     def observe(self, policy: Policy, cost: PolicyCost) -> Observation | None:
         """Measure a layer's forward that begins now, if this forward is one to observe."""
         if not self.watching:
             return None
-        observation = Observation(self._meter, policy, cost)
+        observation = Observation(self._meter, policy, cost, self._forward, self._copying)
         self._open.append(observation)
         return observation
 
@@ -179,31 +232,56 @@ class Calibration:
         self._open.clear()
 
     def _note(self, observation: Observation, ms: float) -> None:
-        reasoned = observation.cost.ms
-        if observation.policy is not SPREAD:  # for whose copies nothing waits
-            reasoned += observation.cost.waiting()
-        if reasoned > 0 and ms > 0:
-            self._ms[observation.policy].append(ms / reasoned)
-        if observation.saved is not None and observation.saved > 0 and observation.cost.saved > 0:
-            self._saved[observation.policy].append(observation.saved / observation.cost.saved)
+        cost = observation.cost
+        if cost.ms > 0 and ms > 0:
+            forwards = self._times[observation.copying]
+            forwards.setdefault(observation.forward, []).append(Timed(observation.policy, cost, ms))
+        if observation.saved is not None and observation.saved > 0 and cost.saved > 0:
+            self._saved[observation.policy].append(observation.saved / cost.saved)
 
     def ms(self) -> dict[Policy, float]:
-        """Policy -> measured over reasoned milliseconds, over layers and steps.
+        """Policy -> measured over reasoned milliseconds, over layers and steps: those without copies, where there are
+        any.
 
-        A layer is measured as slower than it is where it waits for Python or shares the memory with its neighbours'
-        copies, and never as faster: so it is the lowest quarter that counts. And policies run the same kernels, so that
-        what one has beyond :data:`ALIKE` of the others was such waiting, too.
+        A layer is measured as slower than it is where it waits for Python or for its neighbours' copies, and never as
+        faster: so it is the lowest quarter that counts. And policies run the same kernels, so that what one has beyond
+        :data:`ALIKE` of the others was such waiting, too.
         """
-        found = {policy: _lowest_quarter(ratios) for policy, ratios in self._ms.items()}
+        times = self._times[False] or self._times[True]
+        ratios = _by_policy(itertools.chain.from_iterable(times.values()))
+        found = {policy: _lowest_quarter(each) for policy, each in ratios.items()}
         computed = [ratio for policy, ratio in found.items() if not policy.offloads]
         if not computed:
             return found
         least = min(computed)
         return {policy: min(ratio, least * ALIKE[policy.offloads]) for policy, ratio in found.items()}
 
+    def _compared(self) -> float | None:
+        """What :attr:`beside` is. Of several forwards the fastest counts: a new plan has to settle."""
+        copying, plain = (list(self._times[way].values()) for way in (True, False))
+        if not copying or not plain:
+            return None
+        medians = [{p: statistics.median(each) for p, each in _by_policy(times).items()} for times in plain]
+        ratios = {p: min(each[p] for each in medians if p in each) for p in set().union(*medians)}
+        mean = statistics.fmean(ratios.values())
+        found = []
+        for times in copying:
+            computing = sum(ratios.get(time.policy.level, mean) * time.cost.ms for time in times)
+            copies = self._copy * sum(2 * time.cost.copy_ms for time in times)
+            if copies:
+                found.append((sum(time.ms for time in times) - computing) / copies)
+        return min(1.0, max(0.0, min(found))) if found else None
+
     def saved(self) -> dict[Policy, float]:
         """Policy -> measured over reasoned bytes."""
         return {policy: statistics.median(found) for policy, found in self._saved.items()}
+
+
+def _by_policy(times: Iterable[Timed]) -> dict[Policy, list[float]]:
+    found: dict[Policy, list[float]] = defaultdict(list)
+    for time in times:
+        found[time.policy].append(time.ratio)
+    return found
 
 
 __all__ = ["Agreed", "Calibration", "Observation"]

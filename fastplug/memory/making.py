@@ -19,6 +19,7 @@ from fastplug.memory.reading import Reading
 from fastplug.memory.solve import DoesNotFit, solve
 
 GAIN = 0.99  # of the present plan's time that another one has to stay below: each change unsettles the allocator
+COMPARABLE = 1.25  # of a plan's time within which one without copies may turn out to be faster
 LAUNCHES = 6.0  # milliseconds that Python needs to launch a layer that is not recorded: see graphs/replay.py
 TRIES = 6  # smaller budgets that are tried until recorded layers fit
 Costs = tuple[LayerCosts, ...]
@@ -103,6 +104,19 @@ class Maker:
                 if made.total <= recordings.FULL * plan.budget:
                     return Made(plan, reasoned.layers, recorded=True)
         return Made(plan, dict(self.reading.estimates(*self.shape))[plan.tile_rows].layers)
+
+    def without_copies(self, plan: Plan) -> Plan | None:
+        """The fastest plan that copies nothing to the host's memory, if one fits that may be as fast as ``plan``."""
+        reasoned = dict(self.reading.estimates(*self.shape))[plan.tile_rows]
+        layers = tuple(
+            layer.only(*(policy for policy in layer.policies if not policy.offloads))
+            for layer in self.agreed.apply(reasoned.layers)
+        )
+        try:
+            found = replace(self._solved(reasoned, layers, self.agreed.available), tile_rows=plan.tile_rows)
+        except DoesNotFit:
+            return None
+        return found if found.ms <= COMPARABLE * plan.ms else None
 
     def _with_decoded(self, made: Made) -> Made:
         """Spend what is left on decoded weights that stay, but for recorded layers: what their graphs read has to stay,

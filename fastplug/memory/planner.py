@@ -180,7 +180,12 @@ class Planner:
                 self._release()  # blocks of the sizes that the last plans needed
         if due:
             self._limit(stock.meter)
-        self.plan = plan = self._plan_for(shape, alone=group is None)
+        plan = self._plan_for(shape, alone=group is None)
+        copies = plan.host_bytes > 0
+        if copies and not self.pinned and stock.calibration.compares(shape):
+            plan = self._without_copies(plan) or plan
+        stock.calibration.follow(shape, copies, plan.host_bytes > 0)
+        self.plan = plan
         self._limit_weights(plan.parts.get(DECODED, 0))
         stock.predicted = max(stock.predicted, plan.allocated)
         if plan.total >= TIGHT * plan.budget:
@@ -213,6 +218,13 @@ class Planner:
         if self.recordings.begins(shape, held):
             self._release()  # what was left in the allocator's cache, which a recording cannot use
         return self.plans[shape]
+
+    def _without_copies(self, plan: Plan) -> Plan | None:
+        """A plan of the same numbers to compare one with that copies to the host's memory."""
+        assert self.agreed is not None
+        shape = plan.batch, plan.sequence
+        maker = Maker(self._reading, self.agreed, shape, self.options.memory, None, self._beside.get(shape, 0))
+        return maker.without_copies(plan)
 
     def _agree_on_pins(self, device: torch.device, group: Any) -> None:
         """Follow saved plans where all ranks have the same ones; every rank must call this."""

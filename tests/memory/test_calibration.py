@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fastplug.memory.calibration import ALIKE, Calibration
+from fastplug.memory.calibration import ALIKE, Agreed, Calibration
 from fastplug.memory.costs import PolicyCost
 from fastplug.memory.policy import Policy
 
@@ -62,3 +63,45 @@ def test_what_differs_a_little_stays_as_measured() -> None:
     assert measured(times) == {policy: pytest.approx(found[0] / REASONED) for policy, found in times.items()}
     assert measured({Policy.OFFLOAD_KEEP: [30.0]}) == {Policy.OFFLOAD_KEEP: pytest.approx(3.0)}
     assert measured({}) == {}
+
+
+def forwards(*copying: bool, plain_ms: float = 11.0, copying_ms: float = 11.0) -> Calibration:
+    """What remembers forwards of four layers, of which two offload all they keep where a forward copies."""
+    calibration, shape = Calibration(Device(), copy=0.5), (1, 64)  # type: ignore[arg-type]
+    kept = PolicyCost(0, 0, 0, REASONED, 0, 0, REASONED / 3)
+    offloaded = PolicyCost(0, 0, 0, REASONED, 0, 0, REASONED / 3, copy_ms=8.0)
+    calibration.begin(shape)
+    for copies in copying:
+        calibration.begin(shape)
+        calibration.follow(shape, True, copies)
+        for i in range(4):
+            observation = calibration.observe(
+                *((Policy.OFFLOAD_KEEP, offloaded) if copies and i % 2 else (Policy.KEEP, kept))
+            )
+            assert observation is not None
+            ms = copying_ms if copies else plain_ms
+            observation._marks = [Mark(at) for at in (0.0, ms / 3, 100.0, 100.0 + 2 * ms / 3)]
+    calibration.begin(shape)
+    return calibration
+
+
+def test_what_copies_cost_is_the_difference_to_forwards_without_them() -> None:
+    """Four layers take 6 ms longer, and two copies of 4 ms each way 16."""
+    found = forwards(True, True, True, False, True, False, plain_ms=11.0, copying_ms=12.5)
+    assert found.beside == pytest.approx(6 / 16)
+    assert found.ms() == {Policy.KEEP: pytest.approx(1.1)}  # what layers take by themselves
+    assert forwards(True, True, True, False, True, False, plain_ms=11.0, copying_ms=10.0).beside == 0.0
+    assert forwards(True, True, True, False, True, False, plain_ms=11.0, copying_ms=99.0).beside == 1.0
+
+
+@pytest.mark.parametrize("copying", [True, False])
+def test_forwards_of_one_kind_alone_say_nothing_of_copies(copying: bool) -> None:
+    found = forwards(*[copying] * 6)
+    assert found.beside is None
+    assert found.ms()[Policy.KEEP] == pytest.approx(1.1)
+
+
+def test_numbers_that_move_make_new_plans() -> None:
+    agreed = Agreed(available=100, context=1, fixed=10)
+    assert not agreed.differs(replace(agreed, beside=agreed.beside + 0.01))
+    assert agreed.differs(replace(agreed, beside=agreed.beside + 0.05))

@@ -198,6 +198,49 @@ def test_what_was_measured_changes_the_plan() -> None:
     assert planner.plan.ms > plan.ms
 
 
+@pytest.mark.parametrize(("slower", "beside"), [(1.0, 0.0), (3.0, 1.0)])
+def test_what_copies_cost_is_found_out_by_forwards_without_them(
+    monkeypatch: pytest.MonkeyPatch, slower: float, beside: float
+) -> None:
+    model, planner, device = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
+    mark = device.mark
+
+    def slow_beside_copies() -> Any:
+        device.clock = 5.0 * (slower if planner.plan is not None and planner.plan.host_bytes else 1.0)
+        return mark()
+
+    monkeypatch.setattr(device, "mark", slow_beside_copies)
+    copied, watched, found = [], [], []
+    for _ in range(9):
+        found.append(gradients(model, BATCH))
+        assert planner.plan is not None
+        assert planner.stock is not None
+        assert planner.plan.total <= planner.plan.budget
+        copied.append(planner.plan.host_bytes > 0)
+        watched.append(planner.stock.calibration.watching)
+    assert copied[3:7] == [True, False, True, False]  # before, there is no room for what copies take themselves
+    assert watched == [False, *[True] * 6, False, False]
+    assert planner.agreed is not None
+    assert planner.agreed.beside == pytest.approx(beside, abs=0.02)
+    for other in found[1:]:
+        same_bits(found[0], other)
+
+
+def test_a_pinned_plan_is_compared_with_none() -> None:
+    model, planner, device = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
+    device.clock = 5.0
+    for _ in range(4):
+        gradients(model, BATCH)
+    assert planner.agreed is not None
+    assert planner.plan is not None
+    assert planner.plan.host_bytes
+    plan = planner.plan
+    planner.pin(planner.agreed, [plan], "a test says so")
+    for _ in range(5):
+        gradients(model, BATCH)
+        assert planner.plan == plan
+
+
 def test_a_peak_above_the_plan_makes_the_next_plans_smaller() -> None:
     model, planner, device = planned("4MiB")
     device.highest = (MiB, MiB)
@@ -329,7 +372,7 @@ def test_a_step_that_ran_out_of_memory_is_not_measured() -> None:
     for _ in range(2):
         gradients(model, BATCH)
     assert planner.stock is not None
-    seen = sum(len(found) for found in planner.stock.calibration._ms.values())
+    seen = sum(len(times) for times in planner.stock.calibration._times[False].values())
     assert seen == planner.count  # of the third forward alone: the first is not measured, the second was disturbed
 
 
