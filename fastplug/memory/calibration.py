@@ -5,9 +5,9 @@ them: nothing waits. Sizes come from the allocator's counter around a layer's fo
 measured to reasoned, one for each policy, so that they hold for every layer and every shape, are few enough to be
 agreed on by all ranks, and are saved with the plans.
 
-What copies to the host's memory cost cannot be told from a plan that copies: the layers beside them are slower, for one
-reason or another, by 3% of a step on some machines and by 18% on others. So some early forwards follow a plan without
-copies, which gives the same bits.
+What copies to the host's memory cost cannot be told from a plan that copies: the layers beside them are slower by 3% at
+some times and by 18% at others. So two early forwards follow a plan without copies, which gives the same bits, and the
+faster of both is followed from then on.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from fastplug.memory.costs import BESIDE, LayerCosts, PolicyCost
+from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.estimate import SLACK
 from fastplug.memory.meter import Mark, Meter
 from fastplug.memory.policy import SPREAD, Policy
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
-COMPARED = 7  # forwards until which shapes are observed whose plan copies to the host's memory, and
-WITHOUT = (5, 7)  # those among them that do not: the first ones plan with caution, and each new plan has to settle
+COMPARED = 7  # forwards until which shapes are observed whose plan copies to the host's memory, of which
+WITHOUT = (6, 7)  # do not; two of each, since the first ones plan with caution and each new plan has to settle
+FASTER = 0.98  # of the time with copies that forwards without have to stay below
 # Whether a policy copies to the host's memory -> how much higher its ratio may be than the lowest one. In quiet runs on
 # an H100 nearly all were within 1.05 and 1.15 of it. A host that was slow for a while made them 1.3 and 1.7 times as
 # high, so that layers were computed again that there was room for.
 ALIKE = {False: 1.1, True: 1.25}
 NEAR = 0.05  # a ratio that moves by less says the same
-NEAR_BESIDE = 0.02  # likewise of what copies cost
 HOST_NEAR = 0.25  # of the host's free memory: what data loaders and other processes take comes and goes
 
 
@@ -53,7 +53,7 @@ class Agreed:
         accumulating: Whether gradients of an earlier micro-batch are there in the forward.
         live: How many forwards wait for their backward at a time.
         copy: Measured over assumed milliseconds of copies to the host's memory.
-        beside: Share of that time by which the computation beside it takes longer.
+        copies: Whether layers may copy to the host's memory at all, if what is asked fits without.
         caution: Bytes that the first plans leave unused where they can: kernels are still being loaded, and the
             allocator has yet to find blocks of the right sizes.
         assumed: Bytes of ``fixed`` that are states of an optimizer nobody has seen: it may have smaller ones, or none.
@@ -70,7 +70,7 @@ class Agreed:
     accumulating: bool = False
     live: int = 1
     copy: float = 1.0
-    beside: float = BESIDE
+    copies: bool = True
     caution: int = 0
     assumed: int = 0
     ms: dict[Policy, float] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Agreed:
 
     def differs(self, other: Agreed) -> bool:
         """Whether plans from ``other`` may be worth making; small changes are noise."""
-        if (self.accumulating, self.live) != (other.accumulating, other.live):
+        if (self.accumulating, self.live, self.copies) != (other.accumulating, other.live, other.copies):
             return True
         room = self.available // 100
         sizes = ("available", "context", "fixed", "extra", "caution", "assumed")
@@ -91,7 +91,7 @@ class Agreed:
             return True
         if abs(self.host - other.host) > max(room, HOST_NEAR * other.host):
             return True
-        if abs(self.slack - other.slack) > 0.005 or abs(self.beside - other.beside) > NEAR_BESIDE:
+        if abs(self.slack - other.slack) > 0.005:
             return True
         for mine, theirs in ((self.ms, other.ms), (self.saved, other.saved)):
             if mine.keys() != theirs.keys() or any(abs(mine[p] / theirs[p] - 1) > NEAR for p in mine):
@@ -115,7 +115,6 @@ class Agreed:
                     ms=cost.ms * ratio,
                     forward_ms=cost.forward_ms * ratio,
                     copy_ms=cost.copy_ms * self.copy,
-                    beside=self.beside,
                     saved=saved + others,
                     forward_peak=cost.forward_peak + more + others,
                     backward_peak=max(cost.backward_peak + more, saved) + others,
@@ -128,7 +127,7 @@ class Agreed:
 class Observation:
     """One layer's forward and backward, as they are measured."""
 
-    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, forward: int = 0, copying: bool = False) -> None:
+    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, forward: Forward, copying: bool = False) -> None:
         self._meter, self.policy, self.cost, self.forward, self.copying = meter, policy, cost, forward, copying
         self._before = meter.allocated()
         self._marks: list[Mark] = [meter.mark()]
@@ -154,6 +153,10 @@ def _lowest_quarter(ratios: Sequence[float]) -> float:
     return sorted(ratios)[(len(ratios) - 1) // 4]
 
 
+Shape = tuple[int, int]
+Forward = tuple[Shape, int]  # its shape and number
+
+
 class Timed(NamedTuple):
     """What an observation said."""
 
@@ -173,28 +176,24 @@ class Timed(NamedTuple):
 class Calibration:
     """What was observed on this rank.
 
-    Args:
-        meter: The device's time and memory.
-        copy: Measured over assumed milliseconds of copies to the host's memory.
-
     Attributes:
-        beside: Share of the copies' time by which a forward and its backward take longer than without them, once a
-            shape had both.
         watching: Whether the present forward is observed.
+        copies: Whether forwards and their backwards are no slower with copies to the host's memory than without; None
+            before some shape had both.
     """
 
-    def __init__(self, meter: Meter, copy: float = 1.0) -> None:
-        self._meter, self._copy = meter, copy
-        self.beside: float | None = None
-        self._seen: dict[tuple[int, int], int] = defaultdict(int)
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._seen: dict[Shape, int] = defaultdict(int)
         self._open: list[Observation] = []
-        self._times: dict[bool, dict[int, list[Timed]]] = {False: {}, True: {}}  # by whether a forward copied, and it
+        self._times: dict[bool, dict[Forward, list[Timed]]] = {False: {}, True: {}}  # by whether it copied
         self._saved: dict[Policy, list[float]] = defaultdict(list)
-        self._forward = 0
+        self._forward: Forward = ((0, 0), 0)
         self._copying = False
         self.watching = False
+        self.copies: bool | None = None
 
-    def begin(self, shape: tuple[int, int]) -> None:
+    def begin(self, shape: Shape) -> None:
         """A forward of this shape begins: read what the device has passed, and decide whether to observe this one."""
         waiting = []
         for observation in self._open:
@@ -205,18 +204,18 @@ class Calibration:
             self._note(observation, ms)
         self._open = waiting[-512:]  # forwards without a backward are forgotten
         self._seen[shape] += 1
-        self._forward += 1
-        if self.beside is None and self._seen[shape] > COMPARED:
-            self.beside = self._compared()
+        self._forward = shape, self._forward[1] + 1
+        if self.copies is None and self._seen[shape] > COMPARED:
+            self.copies = self._compared(shape)
         self.follow(shape, False, False)
 
-    def compares(self, shape: tuple[int, int]) -> bool:
+    def compares(self, shape: Shape) -> bool:
         """Whether this forward is to follow a plan without copies, if its plan copies."""
-        return self._seen[shape] in WITHOUT and self.beside is None
+        return self._seen[shape] in WITHOUT and self.copies is None
 
-    def follow(self, shape: tuple[int, int], copies: bool, copying: bool) -> None:
+    def follow(self, shape: Shape, copies: bool, copying: bool) -> None:
         """What this forward follows: whether the plan for its shape copies, and whether the forward does."""
-        last = COMPARED if copies and self.beside is None else 1 + FORWARDS
+        last = COMPARED if copies and self.copies is None else 1 + FORWARDS
         self.watching, self._copying = 1 < self._seen[shape] <= last, copying
 
     def observe(self, policy: Policy, cost: PolicyCost) -> Observation | None:
@@ -256,21 +255,17 @@ class Calibration:
         least = min(computed)
         return {policy: min(ratio, least * ALIKE[policy.offloads]) for policy, ratio in found.items()}
 
-    def _compared(self) -> float | None:
-        """What :attr:`beside` is. Of several forwards the fastest counts: a new plan has to settle."""
-        copying, plain = (list(self._times[way].values()) for way in (True, False))
-        if not copying or not plain:
-            return None
-        medians = [{p: statistics.median(each) for p, each in _by_policy(times).items()} for times in plain]
-        ratios = {p: min(each[p] for each in medians if p in each) for p in set().union(*medians)}
-        mean = statistics.fmean(ratios.values())
-        found = []
-        for times in copying:
-            computing = sum(ratios.get(time.policy.level, mean) * time.cost.ms for time in times)
-            copies = self._copy * sum(2 * time.cost.copy_ms for time in times)
-            if copies:
-                found.append((sum(time.ms for time in times) - computing) / copies)
-        return min(1.0, max(0.0, min(found))) if found else None
+    def _compared(self, shape: Shape) -> bool | None:
+        """What :attr:`copies` is, by one shape. Of several forwards the fastest counts: a new plan has to settle."""
+        found = {
+            way: [times for (of, _), times in forwards.items() if of == shape] for way, forwards in self._times.items()
+        }
+        whole = max((len(times) for each in found.values() for times in each), default=0)
+        copying, plain = (
+            min((sum(time.ms for time in times) for times in found[way] if len(times) == whole), default=None)
+            for way in (True, False)
+        )
+        return None if copying is None or plain is None else plain > FASTER * copying
 
     def saved(self) -> dict[Policy, float]:
         """Policy -> measured over reasoned bytes."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fastplug.memory.policy import Policy
 
 BESIDE = 0.05
-"""Share of its time by which a copy slows the computation beside it, as it did on quiet machines."""
+"""Share of its time by which a copy slows the computation beside it, as it does on a quiet machine."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class PolicyCost:
         shared: Bytes on the device that exist once, however many layers have this policy (staging buffers).
         forward_ms: The forward's part of ``ms``.
         copy_ms: Milliseconds of copying ``host`` one way, beside the computation.
-        beside: Share of that time by which the computation takes longer.
     """
 
     saved: int
@@ -43,12 +42,11 @@ class PolicyCost:
     shared: int = 0
     forward_ms: float = 0.0
     copy_ms: float = 0.0
-    beside: float = BESIDE
 
     def waiting(self, every: int = 1) -> float:
         """Milliseconds that copies add to forward and backward where one layer of ``every`` has this policy."""
         times = (self.forward_ms, self.ms - self.forward_ms)
-        return sum(max(0.0, self.copy_ms - every * time) + self.beside * self.copy_ms for time in times)
+        return sum(max(0.0, self.copy_ms - every * time) + BESIDE * self.copy_ms for time in times)
 
 
 @dataclass(frozen=True)

@@ -108,15 +108,11 @@ class Maker:
     def without_copies(self, plan: Plan) -> Plan | None:
         """The fastest plan that copies nothing to the host's memory, if one fits that may be as fast as ``plan``."""
         reasoned = dict(self.reading.estimates(*self.shape))[plan.tile_rows]
-        layers = tuple(
-            layer.only(*(policy for policy in layer.policies if not policy.offloads))
-            for layer in self.agreed.apply(reasoned.layers)
-        )
         try:
-            found = replace(self._solved(reasoned, layers, self.agreed.available), tile_rows=plan.tile_rows)
+            found = self._on_device(reasoned, self.agreed.apply(reasoned.layers), self.agreed.available)
         except DoesNotFit:
             return None
-        return found if found.ms <= COMPARABLE * plan.ms else None
+        return replace(found, tile_rows=plan.tile_rows) if found.ms <= COMPARABLE * plan.ms else None
 
     def _with_decoded(self, made: Made) -> Made:
         """Spend what is left on decoded weights that stay, but for recorded layers: what their graphs read has to stay,
@@ -198,7 +194,7 @@ class Maker:
         if before is None or before.tile_rows != plan.tile_rows or not _possible(before, layers):
             return plan
         same = replace(self._given(reasoned, layers, before.policies), tile_rows=before.tile_rows)
-        fits = same.fits and same.host_bytes <= self.agreed.host
+        fits = same.fits and same.host_bytes <= (self.agreed.host if self.agreed.copies else plan.host_bytes)
         return same if fits and GAIN * same.ms <= plan.ms else plan
 
     def _cautious(self, reasoned: Estimate, layers: Costs) -> Plan:
@@ -210,7 +206,15 @@ class Maker:
         return self._solved(reasoned, layers, available)
 
     def _solved(self, reasoned: Estimate, layers: Costs, budget: int) -> Plan:
+        if not self.agreed.copies:
+            with contextlib.suppress(DoesNotFit):
+                return self._on_device(reasoned, layers, budget)
         return solve(layers, self.fixed, budget, host_budget=self.agreed.host, **self._more(reasoned))
+
+    def _on_device(self, reasoned: Estimate, layers: Costs, budget: int) -> Plan:
+        """The fastest plan that copies nothing to the host's memory."""
+        here = tuple(layer.only(*(policy for policy in layer.policies if not policy.offloads)) for layer in layers)
+        return solve(here, self.fixed, budget, **self._more(reasoned))
 
     def _given(self, reasoned: Estimate, layers: Costs, policies: Sequence[Policy]) -> Plan:
         return assemble(layers, policies, self.fixed, self.agreed.available, **self._more(reasoned))

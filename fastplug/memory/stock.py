@@ -12,7 +12,6 @@ from fastplug.errors import OptionError
 from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, amount, gib
 from fastplug.memory.calibration import Agreed, Calibration
-from fastplug.memory.costs import BESIDE
 from fastplug.memory.host_memory import RESERVE
 from fastplug.memory.host_memory import available as host_available
 from fastplug.memory.meter import Meter, local_bytes, meter_for
@@ -52,7 +51,7 @@ class Stock:
         copy: float = 1.0,
     ) -> None:
         self.options, self.meter, self.room, self._copy = options, meter, room, copy
-        self.calibration = Calibration(meter, copy)
+        self.calibration = Calibration(meter)
         self.lowered = 0  # bytes by which plans are made smaller since memory ran out
         self.predicted = 0  # the highest allocation that the plans since the last agreement foretold
         self._trained = [weakref.ref(p) for p in trained]
@@ -88,7 +87,6 @@ class Stock:
         self.predicted = 0
         young = x.is_cuda and forwards < YOUNG
         available = self._available() - self.lowered
-        beside = self.calibration.beside
         return Agreed(
             available=available,
             context=meter.context() + (GROWTH if young else 0),
@@ -99,7 +97,7 @@ class Stock:
             accumulating=gradients > 0 or (known is not None and known.accumulating),
             live=max(waiting + 1, 1 if known is None else known.live),
             copy=self._copy,
-            beside=BESIDE if beside is None else beside,
+            copies=self.calibration.copies is not False,
             caution=int(YOUNG_SHARE * available) if young and not self.lowered else 0,
             assumed=0 if self.states.certain else self._to_come,
             ms=self.calibration.ms(),
@@ -201,7 +199,7 @@ def of_all(local: Agreed, device: torch.device, group: object) -> Agreed:
     policies = list(Policy)
     values = [
         -local.available, local.context, local.fixed, local.extra, local.slack, -local.host, local.accumulating,
-        local.live, local.copy, local.caution, local.assumed, local.beside,
+        local.live, local.copy, local.caution, local.assumed, not local.copies,
         *(local.ms.get(p, 0.0) for p in policies), *(local.saved.get(p, 0.0) for p in policies),
     ]  # fmt: skip
     found = agreement.highest([float(value) for value in values], device, group)
@@ -218,7 +216,7 @@ def of_all(local: Agreed, device: torch.device, group: object) -> Agreed:
         copy=found[8],
         caution=int(found[9]),
         assumed=int(found[10]),
-        beside=found[11],
+        copies=not found[11],
         ms={p: ratio for p, ratio in zip(policies, ms) if ratio},
         saved={p: ratio for p, ratio in zip(policies, saved) if ratio},
     )

@@ -142,6 +142,10 @@ def undo(model: nn.Module) -> Report | None:
         planner.close()
     for module, _ in bindings:
         unbind(module)
+    for runtime in {id(binding.runtime): binding.runtime for _, binding in bindings}.values():
+        for kept in (runtime.weights, None if runtime.fp8 is None else runtime.fp8.kept):
+            if kept is not None:
+                kept.forget(model.modules())  # a copy of the model may go on with its own
     for known in list(_reports):
         if _reports[known] is bindings[0][1].report:
             del _reports[known]

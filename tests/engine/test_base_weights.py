@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -63,16 +64,26 @@ def test_a_weight_that_is_written_to_is_decoded_again(device, batch):
 
 
 def test_what_was_kept_goes_with_the_patch(device, batch):
+    """At once, not with the next collection, and a copy keeps its own."""
     model = models.qlora().to(device)
     applied = fastplug.apply(model, base_weights="kept")
+    twin = copy.deepcopy(model)
     step(model, batch)
+    step(twin, batch)
     patched_one = next(module for module in model.modules() if "_fastplug" in module.__dict__)
-    kept = [weakref.ref(entry.form) for entry in patched_one._fastplug.runtime.weights._entries.values()]
-    assert kept
-    applied.undo()
-    del applied
+    weights = patched_one._fastplug.runtime.weights
+    owners = {module: model for model in (model, twin) for module in model.modules()}
+    kept = [(weakref.ref(entry.form), owners[entry.owners[0]()]) for entry in weights._entries.values()]
+    assert {owner for _, owner in kept} == {model, twin}
+    held = weights.held
     gc.collect()
-    assert not any(ref() is not None for ref in kept)
+    gc.disable()
+    try:
+        applied.undo()
+        assert all((ref() is None) == (owner is model) for ref, owner in kept)
+    finally:
+        gc.enable()
+    assert weights.held == held // 2
 
 
 @pytest.mark.parametrize(("choice", "options"), [("decoded", {}), ("auto", {"memory": "keep"})])

@@ -15,7 +15,6 @@ import fastplug
 from fastplug.errors import OptionError
 from fastplug.memory.around import fixed_bytes, optimizer_bytes, step_bytes
 from fastplug.memory.bytes import Step, kept
-from fastplug.memory.calibration import Agreed
 from fastplug.memory.estimate import best_plan, estimate, layer_costs, least, uniform_plan
 from fastplug.memory.forecast import CONTEXT, RESERVED, forecast
 from fastplug.memory.formats import BITS, encoded_bytes
@@ -24,7 +23,6 @@ from fastplug.memory.model_reading import decoder_layers
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
-from fastplug.memory.solve import solve
 from fastplug.planning import shape_of
 from tests import models
 from tests.families import cases
@@ -320,21 +318,6 @@ def test_copies_pass_beside_the_computation(llama: ModelShape) -> None:
     without = best_plan(llama, 4, 2048, 24 * GiB, policies=[p for p in Policy if p is not Policy.OFFLOAD_KEEP])
     assert plan.ms < without.ms
     assert uniform_plan(llama, 4, 2048, 80 * GiB, Policy.OFFLOAD_KEEP).ms > 1.5 * kept.ms  # there everything waits
-
-
-def test_where_copies_cost_much_layers_compute_again(llama: ModelShape) -> None:
-    found = estimate(llama, 4, 2048, gpu=GPUS[1], graphs=False)
-    plans = []
-    for beside in (0.0, 0.05, 0.4):
-        agreed = Agreed(available=24 * GiB, context=GiB, fixed=6 * GiB, beside=beside)
-        layers = agreed.apply(found.layers)
-        plans.append(
-            solve(layers, agreed.fixed, agreed.available, head_peak=found.head_peak, context=GiB, slack=agreed.slack)
-        )
-    offloaded = [plan.policies.count(Policy.OFFLOAD_KEEP) for plan in plans]
-    assert offloaded[0] >= offloaded[1] > 5
-    assert offloaded[2] == 0
-    assert plans[0].ms < plans[1].ms < plans[2].ms < 1.2 * plans[0].ms
 
 
 @pytest.mark.parametrize("budget", [8, 9, 10, 12, 16, 24, 40, 80])

@@ -198,10 +198,9 @@ def test_what_was_measured_changes_the_plan() -> None:
     assert planner.plan.ms > plan.ms
 
 
-@pytest.mark.parametrize(("slower", "beside"), [(1.0, 0.0), (3.0, 1.0)])
-def test_what_copies_cost_is_found_out_by_forwards_without_them(
-    monkeypatch: pytest.MonkeyPatch, slower: float, beside: float
-) -> None:
+@pytest.mark.parametrize("slower", [1.0, 3.0])
+def test_layers_copy_to_the_host_unless_they_are_faster_without(monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
+    """Two early forwards tell, which follow a plan without copies."""
     model, planner, device = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
     mark = device.mark
 
@@ -218,12 +217,29 @@ def test_what_copies_cost_is_found_out_by_forwards_without_them(
         assert planner.plan.total <= planner.plan.budget
         copied.append(planner.plan.host_bytes > 0)
         watched.append(planner.stock.calibration.watching)
-    assert copied[3:7] == [True, False, True, False]  # before, there is no room for what copies take themselves
+    assert copied == [*[False] * 3, True, True, False, False, *[slower == 1.0] * 2]  # at first there is less room
     assert watched == [False, *[True] * 6, False, False]
     assert planner.agreed is not None
-    assert planner.agreed.beside == pytest.approx(beside, abs=0.02)
+    assert planner.agreed.copies == (slower == 1.0)
     for other in found[1:]:
         same_bits(found[0], other)
+
+
+def test_layers_copy_all_the_same_where_nothing_fits_without() -> None:
+    model, planner, _ = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
+    gradients(model, BATCH)
+    plan, agreed = planner.plan, planner.agreed
+    assert plan is not None
+    assert agreed is not None
+    shape, found = (plan.batch, plan.sequence), []
+    for percent in range(100, 80, -1):
+        less = replace(agreed, available=plan.total * percent // 100, copies=False)
+        made = Maker(planner._reading, less, shape, "2300KiB", plan).make(first=False).plan
+        found.append(made.host_bytes > 0)
+        if not made.fits:
+            break
+    assert found[0] is False
+    assert True in found[:-1]  # there it fits
 
 
 def test_a_pinned_plan_is_compared_with_none() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -94,6 +94,12 @@ class KeptWeights:
         while self.held > size:
             self.held -= self._entries.popitem()[1].size
         return before - self.held
+
+    def forget(self, modules: Iterable[object]) -> None:
+        """Let go of what was made of the weights of these modules, whoever still holds this."""
+        gone = set(map(id, modules))
+        for key in [key for key, entry in self._entries.items() if gone & {id(ref()) for ref in entry.owners}]:
+            self.held -= self._entries.pop(key).size
 
     def _room(self, device: torch.device, size: int) -> bool:
         if recording(device):
