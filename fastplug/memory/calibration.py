@@ -205,7 +205,7 @@ class Calibration:
         self._open = waiting[-512:]  # forwards without a backward are forgotten
         self._seen[shape] += 1
         self._forward = shape, self._forward[1] + 1
-        if self.copies is None and self._seen[shape] > COMPARED:
+        if self.copies is None and COMPARED < self._seen[shape] <= 2 * COMPARED:  # the device may be behind
             self.copies = self._compared(shape)
         self.follow(shape, False, False)
 
@@ -257,6 +257,8 @@ class Calibration:
 
     def _compared(self, shape: Shape) -> bool | None:
         """What :attr:`copies` is, by one shape. Of several forwards the fastest counts: a new plan has to settle."""
+        if not self._times[True]:
+            return None
         found = {
             way: [times for (of, _), times in forwards.items() if of == shape] for way, forwards in self._times.items()
         }
