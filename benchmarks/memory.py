@@ -39,7 +39,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--row", default="qlora:4x2048", help="qlora or lora, and BATCHxSEQUENCE")
     parser.add_argument("--budgets", default="keep,9GiB,10GiB,12GiB,16GiB,24GiB,40GiB,full")
     parser.add_argument("--options", default="{}", help="more options of fastplug.apply, as JSON")
-    parser.add_argument("--warmup", type=int, default=9, help="steps before the measured ones; the eighth plans anew")
+    parser.add_argument(
+        "--warmup", type=int, default=17, help="steps before the measured ones; every power of two plans anew"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--search", metavar="LOW:HIGH", help="lengths between which to look for the longest")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
