@@ -23,6 +23,7 @@ from typing import NamedTuple
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.estimate import SLACK
 from fastplug.memory.meter import Mark, Meter
+from fastplug.memory.plan import Shape
 from fastplug.memory.policy import SPREAD, Policy
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
@@ -35,6 +36,7 @@ FASTER = 0.98  # of the time with copies that forwards without have to stay belo
 ALIKE = {False: 1.1, True: 1.25}
 NEAR = 0.05  # a ratio that moves by less says the same
 HOST_NEAR = 0.25  # of the host's free memory: what data loaders and other processes take comes and goes
+Forward = tuple[Shape, int]  # its shape and number
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Agreed:
 class Observation:
     """One layer's forward and backward, as they are measured."""
 
-    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, forward: Forward, copying: bool = False) -> None:
+    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, forward: Forward, copying: bool) -> None:
         self._meter, self.policy, self.cost, self.forward, self.copying = meter, policy, cost, forward, copying
         self._before = meter.allocated()
         self._marks: list[Mark] = [meter.mark()]
@@ -151,10 +153,6 @@ class Observation:
 
 def _lowest_quarter(ratios: Sequence[float]) -> float:
     return sorted(ratios)[(len(ratios) - 1) // 4]
-
-
-Shape = tuple[int, int]
-Forward = tuple[Shape, int]  # its shape and number
 
 
 class Timed(NamedTuple):
@@ -207,16 +205,16 @@ class Calibration:
         self._forward = shape, self._forward[1] + 1
         if self.copies is None and COMPARED < self._seen[shape] <= 2 * COMPARED:  # the device may be behind
             self.copies = self._compared(shape)
-        self.follow(shape, False, False)
+        self.watching, self._copying = 1 < self._seen[shape] <= 1 + FORWARDS, False
 
-    def compares(self, shape: Shape) -> bool:
-        """Whether this forward is to follow a plan without copies, if its plan copies."""
-        return self._seen[shape] in WITHOUT and self.copies is None
+    def compares(self) -> bool:
+        """Whether the present forward is to follow a plan without copies, if the one for its shape copies."""
+        return self.copies is None and self._seen[self._forward[0]] in WITHOUT
 
-    def follow(self, shape: Shape, copies: bool, copying: bool) -> None:
-        """What this forward follows: whether the plan for its shape copies, and whether the forward does."""
-        last = COMPARED if copies and self.copies is None else 1 + FORWARDS
-        self.watching, self._copying = 1 < self._seen[shape] <= last, copying
+    def watch_longer(self, copying: bool) -> None:
+        """The plan for the shape of the present forward copies; whether the forward does."""
+        self.watching |= self.copies is None and 1 < self._seen[self._forward[0]] <= COMPARED
+        self._copying = copying
 
     def observe(self, policy: Policy, cost: PolicyCost) -> Observation | None:
         """Measure a layer's forward that begins now, if this forward is one to observe."""

@@ -126,8 +126,7 @@ def _of_others(layer: nn.Module, kwargs: dict[str, Any]) -> set[int]:
 
 
 def _own(layer: nn.Module) -> frozenset[int]:
-    """Addresses of the layer's weights. To go through its modules takes Python 0.5 ms, so they are known for as long as
-    the layer is what it was."""
+    """Addresses of the layer's weights, known for as long as it is what it was: it has many modules to go through."""
     plans = REMEMBERED.get(layer)
     latest = None if plans is None else plans.latest
     found = None if latest is None else _OWN.get(latest)

@@ -194,7 +194,8 @@ class Maker:
         if before is None or before.tile_rows != plan.tile_rows or not _possible(before, layers):
             return plan
         same = replace(self._given(reasoned, layers, before.policies), tile_rows=before.tile_rows)
-        fits = same.fits and same.host_bytes <= (self.agreed.host if self.agreed.copies else plan.host_bytes)
+        most = self.agreed.host if self.agreed.copies else plan.host_bytes  # what copies more was found to be slower
+        fits = same.fits and same.host_bytes <= most
         return same if fits and GAIN * same.ms <= plan.ms else plan
 
     def _cautious(self, reasoned: Estimate, layers: Costs) -> Plan:

@@ -12,7 +12,7 @@ made to wait for the copy's event, and pieces of host memory are used again by l
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,14 @@ class Handle:
         self.event: torch.cuda.Event | None = None  # of the latest copy
         self.owner: torch.cuda.Stream | None = None  # the stream whose memory that copy writes, if it copies in
         self._pool = pool
+
+    def copy(self, out: bool) -> None:
+        """Copy all bytes on the current stream, ``out`` to the host or in from there."""
+        assert self.on_device is not None
+        for piece, part in zip(self.pieces, self.on_device.split(PIECE)):
+            here = piece[: len(part)]
+            target, source = (here, part) if out else (part, here)
+            target.copy_(source, non_blocking=True)
 
     def __del__(self) -> None:
         """A graph may be dropped while its tensors are still being copied in: their memory must not go before."""
@@ -207,44 +215,35 @@ class Offloader:
         """Begin to copy a tensor of one dimension to the host; the handle keeps it on the device for now."""
         flat = tensor.view(torch.uint8)
         handle = Handle(self.pool, flat, self.pool.take(flat.numel()))
-        pairs = [(piece[: len(part)], part) for piece, part in zip(handle.pieces, flat.split(PIECE))]
-        self._copy([(handle, pairs)])
+        self._copy([handle], out=True)
         return handle
 
     def copy_in(self, *handles: Handle) -> None:
         """Begin to copy back what is not on the device, in this order."""
-        jobs = []
-        for handle in handles:
-            if handle.on_device is None:
-                flat = handle.on_device = torch.empty(handle.size, dtype=torch.uint8, device=self.device)
-                handle.owner = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-                jobs.append(
-                    (handle, [(part, piece[: len(part)]) for piece, part in zip(handle.pieces, flat.split(PIECE))])
-                )
-        self._copy(jobs)
+        away = [handle for handle in handles if handle.on_device is None]
+        for handle in away:
+            handle.on_device = torch.empty(handle.size, dtype=torch.uint8, device=self.device)
+            handle.owner = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        if away:
+            self._copy(away, out=False)
 
     def wait(self, handle: Handle) -> None:
         """Let the computing stream wait for the latest copy of a handle."""
         if handle.event is not None:
             torch.cuda.current_stream(self.device).wait_event(handle.event)
 
-    def _copy(self, jobs: list[tuple[Handle, list[tuple[torch.Tensor, torch.Tensor]]]]) -> None:
-        """Copy (target, source) of each handle."""
+    def _copy(self, handles: Sequence[Handle], out: bool) -> None:
         if self.device.type != "cuda":
-            for _, pairs in jobs:
-                for target, source in pairs:
-                    target.copy_(source)
-            return
-        if not jobs:
+            for handle in handles:
+                handle.copy(out)
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         # What is copied out has been computed, and what a copy in overwrites is no longer read, when this wait is over.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for handle, pairs in jobs:
-                for target, source in pairs:
-                    target.copy_(source, non_blocking=True)
+            for handle in handles:
+                handle.copy(out)
                 handle.event = self._stream.record_event()
 
     def _alive(self) -> list[Group]:

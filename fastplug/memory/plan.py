@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 VERSION = 1
 OUTSIDE = ("slack", "context")  # parts that PyTorch does not count as allocated
 DECODED = "decoded weights"  # the part of those that stay from step to step
+Shape = tuple[int, int]  # of a micro-batch: batch, and length on the grid
 
 
 @dataclass(frozen=True)

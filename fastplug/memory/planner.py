@@ -19,7 +19,7 @@ from fastplug.memory.costs import LayerCosts
 from fastplug.memory.making import Maker
 from fastplug.memory.meter import Meter, meter_for
 from fastplug.memory.oom import Room
-from fastplug.memory.plan import DECODED, Plan
+from fastplug.memory.plan import DECODED, Plan, Shape
 from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
 from fastplug.memory.recordings import Recordings, possible
@@ -36,7 +36,6 @@ COMPILED = (
     "keep; the host's gradient checkpointing is an order again. Train without torch.compile (torch_compile=False) to "
     "have a plan, or leave memory= out"
 )
-Shape = tuple[int, int]  # batch, and length on the grid
 Costs = tuple[LayerCosts, ...]
 
 
@@ -181,10 +180,10 @@ class Planner:
         if due:
             self._limit(stock.meter)
         plan = self._plan_for(shape, alone=group is None)
-        copies = plan.host_bytes > 0
-        if copies and not self.pinned and stock.calibration.compares(shape):
-            plan = self._without_copies(plan) or plan
-        stock.calibration.follow(shape, copies, plan.host_bytes > 0)
+        if plan.host_bytes:
+            other = self._without_copies(plan) if stock.calibration.compares() and not self.pinned else None
+            stock.calibration.watch_longer(other is None)
+            plan = other or plan
         self.plan = plan
         self._limit_weights(plan.parts.get(DECODED, 0))
         stock.predicted = max(stock.predicted, plan.allocated)

@@ -17,14 +17,13 @@ import torch
 from fastplug.graphs import recorder, state
 from fastplug.memory.calibration import Agreed
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.plan import Plan
+from fastplug.memory.plan import Plan, Shape
 from fastplug.memory.policy import Policy
 
 # Of a budget that a step with recorded layers may need: nothing that they hold can be dropped, and memory lies unused
 # between their pools. An H100 reserved 14.3 GiB for recorded steps of 2 x 512 tokens that allocated 10.1 at their peak.
 FULL = 0.65
 RECORDABLE = (Policy.KEEP, Policy.KEEP_ATTENTION, Policy.RESIDUAL)
-Shape = tuple[int, int]
 Costs = tuple[LayerCosts, ...]
 
 

@@ -75,7 +75,7 @@ def forwards(*times: float, order: Iterable[bool] = ORDER, shape: tuple[int, int
     calibration.begin(SHAPE)
     for i, (copies, ms) in enumerate(zip(order, times)):
         calibration.begin(SHAPE if i else shape)
-        calibration.follow(SHAPE, True, copies)
+        calibration.watch_longer(copies)
         for j in range(4):
             observation = calibration.observe(Policy.OFFLOAD_KEEP if copies and j % 2 else Policy.KEEP, cost)
             if observation is not None:

@@ -5,7 +5,9 @@ The functions are those of ``reference``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import triton
@@ -19,6 +21,7 @@ from fastplug.ops.library import custom_op
 MOST = 3  # adapters of a launch: those of q, k and v
 BLOCK, WARPS = 2048, 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+T = TypeVar("T")
 
 
 @triton.jit
@@ -97,34 +100,38 @@ def adapter_matrices(
     block: torch.Tensor,
 ) -> None:
     """See :func:`fastplug.ops.adapter_matrices.reference.matrices`; the results go into ``stacked`` and ``block``."""
-    count = len(a)
-    ends = [len(a[0])]
-    for part in a[1:]:
-        ends.append(ends[-1] + len(part))
-    missing = MOST - count
-    a, b = [*a, *([a[-1]] * missing)], [*b, *([b[-1]] * missing)]
-    sizes = [*map(len, b)]
+    ends = [*itertools.accumulate(map(len, a))]
     programs = triton.cdiv(stacked.numel(), BLOCK)
     with on_device(stacked):
         launched(_adapters_kernel, (programs + triton.cdiv(block.numel(), BLOCK),))(
-            *a, *b, stacked, block, stacked.shape[1], len(block), *ends, *([ends[-1]] * missing),
-            *rows, *([0] * missing), *sizes, programs, COUNT=count, BLOCK=BLOCK, num_warps=WARPS,
+            *_filled(a), *_filled(b), stacked, block, stacked.shape[1], len(block), *_filled(ends), *_filled(rows),
+            *_filled([*map(len, b)]), programs, COUNT=len(a), BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
+
+
+def _filled(given: Sequence[T]) -> list[T]:
+    """As many as the kernel takes; what is beyond COUNT is not read, but for the last end."""
+    return [*given, *[given[-1]] * (MOST - len(given))]
 
 
 def matrices(
     a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], rows: Sequence[int], out_features: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`fastplug.ops.adapter_matrices.reference.matrices`."""
-    rank = sum(map(len, a))
-    as_they_are = len(b[0]) == out_features and a[0].dtype == b[0].dtype == dtype
-    small = rank * max(out_features, a[0].shape[1]) < 2**31 - BLOCK
-    if as_they_are or len(a) > MOST or not small or not rank or not all(map(_plain, (*a, *b))) or dtype not in _DTYPES:
+    rank, width = sum(map(len, a)), a[0].shape[1]
+    if not rank or not _suits(a, b, out_features, dtype) or rank * max(out_features, width) >= 2**31 - BLOCK:
         return reference.matrices(a, b, rows, out_features, dtype)
-    stacked = torch.empty(rank, a[0].shape[1], dtype=dtype, device=a[0].device)
+    stacked = torch.empty(rank, width, dtype=dtype, device=a[0].device)
     block = torch.empty(out_features, rank, dtype=dtype, device=a[0].device)
     adapter_matrices(a, b, rows, stacked, block)
     return stacked, block
+
+
+def _suits(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], out_features: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel reads and writes such tensors, and there is anything to do for it."""
+    if len(b[0]) == out_features and a[0].dtype == b[0].dtype == dtype:
+        return False  # they are the results themselves
+    return len(a) <= MOST and dtype in _DTYPES and all(map(_plain, (*a, *b)))
 
 
 def _plain(tensor: torch.Tensor) -> bool:

@@ -80,7 +80,7 @@ class Adapters:
             return Kept()
         a = [p.a.detach() for p, _, _ in self.blocks if p.a is not None]
         b = [p.b.detach() for p, _, _ in self.blocks if p.b is not None]
-        rows = [rows.start for _, rows, _ in self.blocks]
+        rows = [block.rows.start for block in self.blocks]
         stacked, block = self.ops.adapter_matrices.matrices(a, b, rows, self.out_features, self.dtype)
         return Kept(None, stacked, block, (None,) * len(self.blocks))
 
