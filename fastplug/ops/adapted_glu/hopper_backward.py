@@ -140,7 +140,8 @@ def _backward_kernel(
     b_gate,  # [N, R] in blocks of [64, R]
     b_up,
     a,  # of down, [R, N] in blocks of [R, 64]
-    gb_parts,  # [columns, T, 2 R] fp32: what the channels of each column add to the gradients of x Aᵀ of gate and up
+    gb_parts,  # [columns, T, 2 R]: what the channels of each column add to the gradients of x Aᵀ of gate and up,
+    # rounded to 16 bits: a column is one of many, so that their sum is off by what rounding it alone would make it
     ab_parts,  # [slots, 3, N, R] fp32: likewise of programs to the gradients of B of gate and up and of A of down
     T,
     N,
@@ -277,7 +278,7 @@ def launch(
     columns, token_blocks = triton.cdiv(N, TILE * sub), triton.cdiv(T, TILE)
     units = columns * token_blocks
     programs = min(units, residents * processors)
-    gb_parts = torch.empty(columns, T, 2 * rank, dtype=torch.float32, device=d_out.device)
+    gb_parts = torch.empty(columns, T, 2 * rank, dtype=d_out.dtype, device=d_out.device)
     count = slots(token_blocks, units, programs)
     ab_parts = torch.zeros(count, 3, N, rank, dtype=torch.float32, device=d_out.device)
     tensors = (d_out, gate_up[:, :N], gate_up[:, N:], d_gate_up[:, :N], d_gate_up[:, N:])

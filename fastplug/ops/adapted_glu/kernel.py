@@ -62,7 +62,7 @@ def backward(
         parts = _attempt("backward", mine, activation, d_out[rows], gb[rows], gate_up[rows], d_gate_up[rows])
         if parts is None:
             return None
-        sums.append([part.sum(0) for part in parts])
+        sums.append([part.sum(0, dtype=torch.float32) for part in parts])
     thin = sums[0][0] if len(sums) == 1 else torch.cat([part for part, _ in sums])
     of_matrices = sums[0][1]
     for _, part in sums[1:]:

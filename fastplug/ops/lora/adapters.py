@@ -60,7 +60,10 @@ class Adapters:
 
     def scaled(self, product: torch.Tensor) -> torch.Tensor:
         """scaling · product [tokens, rank] in the compute dtype."""
-        return self._scaled_apart(product if self.scaling is None else product * self.scaling).to(self.dtype)
+        if self.scaling is None:
+            return self._scaled_apart(product).to(self.dtype)
+        out = torch.empty_like(product, dtype=self.dtype)
+        return torch.mul(product, self.scaling, out=out)  # rounded where it is multiplied: one pass
 
     def _scaled_apart(self, product: torch.Tensor) -> torch.Tensor:
         """The columns of each adapter times its scaling in place, where there is not one for all."""

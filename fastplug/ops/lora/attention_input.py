@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastplug.ops.lora.group import Group, Kept, Normed
+from fastplug.ops.rows import copy_rows
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,11 @@ class AttentionInputFunction(torch.autograd.Function):
         dq_out, dk_out, dv_out = _heads(spec, dqkv, x.shape[:2])
         dq = torch.zeros_like(dq_out) if dq is None else dq.transpose(1, 2)
         dk = torch.zeros_like(dk_out) if dk is None else dk.transpose(1, 2)
-        dv_out.copy_(dv.transpose(1, 2)) if dv is not None else dv_out.zero_()
+        copy_rows(dv_out, dv.transpose(1, 2)) if dv is not None else dv_out.zero_()
         dq_weight = dk_weight = None
         if not spec.rotate:
-            dq_out.copy_(dq)
-            dk_out.copy_(dk)
+            copy_rows(dq_out, dq)
+            copy_rows(dk_out, dk)
         elif spec.qk_norm is None:
             ops.rope.backward(dq, dk, cos, sin, dq_out, dk_out, interleaved=spec.interleaved)
         else:
