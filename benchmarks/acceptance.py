@@ -45,7 +45,8 @@ class Stage:
 STAGES = (
     Stage("kernels", (
         (200, "pytest -q -n8 tests/ops/test_adapted_glu.py tests/ops/test_nf4.py tests/ops/test_fp8_share.py "
-              "tests/ops/test_low_rank.py tests/ops/test_adapter_matrices.py tests/ops/test_linear_cross_entropy.py "
+              "tests/ops/test_low_rank.py tests/ops/test_adapter_matrices.py tests/ops/test_adapter_gradients.py "
+              "tests/ops/test_linear_cross_entropy.py "
               "tests/engine/test_graphs.py tests/engine/test_compiling.py tests/memory/test_decoded_weights.py "
               "tests/gpu/test_step.py --deselect=tests/gpu/test_step.py::test_generation_is_not_slower"),
         (240, "pytest -q tests/gpu/test_first_step.py"),

@@ -64,6 +64,7 @@ class OpTable:
     scaling: Any
     adapted_glu: Any
     adapter_matrices: Any
+    adapter_gradients: Any
 
     def __init__(self, chosen: Iterable[OpImplementation]) -> None:
         self.names: dict[str, str] = {}
@@ -167,6 +168,7 @@ TRITON_OPS = (
     "scaling",
     "adapted_glu",
     "adapter_matrices",
+    "adapter_gradients",
 )
 
 

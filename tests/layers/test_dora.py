@@ -23,6 +23,7 @@ from tests import models
 from tests.accuracy import assert_as_accurate
 from tests.engine.step import assert_equal, assert_parity, fallbacks, patched, step
 from tests.memory.under import under
+from tests.ops.test_adapter_gradients import Always
 
 pytest.importorskip("peft")
 
@@ -111,6 +112,15 @@ def test_group_is_the_formula(device, dtype, quantized, tokens):
     assert_as_accurate(ours, case.truth(dtype), case.truth(torch.float64), case.names())
 
 
+def test_group_whose_gradients_of_b_come_along_with_gb(device, monkeypatch):
+    one_pass, case = Always(), Case(device, torch.float32)
+    monkeypatch.setattr(table_for(case.x.device, "auto"), "adapter_gradients", one_pass)
+    y = lora_linear(case.group(), case.x)
+    ours = [y, *torch.autograd.grad(y, case.inputs(), case.g)]
+    assert one_pass.calls == 1
+    assert_as_accurate(ours, case.truth(torch.float32), case.truth(torch.float64), case.names())
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("tokens", [10, 70])
 def test_group_with_the_kernels(device, tokens):
@@ -171,7 +181,7 @@ def test_z_from_the_output_that_a_node_keeps(device, dtype, tokens, quantized):
         assert torch.equal(group.products(case.x.detach(), again), y)  # what is recomputed has the same bits
         kept = group.knowing(Kept.of(kept.tensors()), y)
         needs = [t is not None and t.requires_grad for t in group.tensors()]
-        dx, gb = group.input_gradient(case.g, kept, True)
+        dx, gb = group.input_gradient(case.g, kept, True, needs)
         grads = group.parameter_gradients(case.g, gb, case.x.detach(), kept, needs)
     theirs, truth = case.truth(dtype), case.truth(torch.float64)
     which = (0, 1, 4, 7)  # y, dx and the magnitudes' gradients, which stand behind those of the projections

@@ -189,6 +189,12 @@ def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
         low_rank = importlib.import_module("fastplug.ops.low_rank.kernel")
         for rank in (32, low_rank.LARGEST_RANK):
             low_rank.add(out, scales(n, rank), scales(k, rank))
+    if capability >= 80:
+        gradients = importlib.import_module("fastplug.ops.adapter_gradients.kernel")
+        place = importlib.import_module("fastplug.ops.adapter_gradients.reference").Place
+        for rank in (16, 32):
+            places = [place(slice(i * k, (i + 1) * k), slice(i * rank, (i + 1) * rank), 1.0) for i in range(3)]
+            gradients.gradients(scales(k, 3 * k), scales(k, 3 * rank), scales(3 * k, 3 * rank), places)
     if capability < 89:  # no conversion to FP8 in hardware
         return
     for width in (k, n, 28672):

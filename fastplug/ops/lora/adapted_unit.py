@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastplug.ops.adapted_glu.reference import Adapted
-from fastplug.ops.lora.group import Grads, Group, Kept
-from fastplug.ops.lora.projection import PER_PROJECTION, Normed
+from fastplug.ops.lora.group import FromOutput, Grads, Group, Kept
 from fastplug.ops.recompute import first_asking, nodes_stay
 
 if TYPE_CHECKING:
@@ -101,14 +100,12 @@ class UnitGradients:
     Attributes:
         gate_up: The gradient of gate and up [rows, 2 width].
         down: The gradients of down's tensors.
-        gb: s · g B of gate and up [rows, rank], where the one pass has made it.
-        b: The gradients of their B, gate's and up's [width, its rank], likewise.
+        from_gate_up: What follows from ``gate_up``, where the one pass has made it.
     """
 
     gate_up: torch.Tensor
     down: Grads
-    gb: torch.Tensor | None = None
-    b: tuple[torch.Tensor, ...] = ()
+    from_gate_up: FromOutput | None = None
 
 
 def one_pass(
@@ -129,40 +126,20 @@ def one_pass(
         needs_down: Which of down's tensors need a gradient.
         out: Where the gradient of gate and up goes, may be ``gate_up``.
     """
-    adapted, gb = operands(spec, *kept), spec.down.adapted.scaled_gb(g, kept[1])
+    adapted, found = operands(spec, *kept), spec.down.adapted.from_output(g, kept[1], needs_down)
     assert adapted is not None
-    assert gb is not None
+    assert found is not None
     d_hidden = spec.down.dx(g, None, Kept())
-    thin = spec.down.ops.adapted_glu.backward(d_hidden, gb, gate_up, adapted, spec.activation, out)
+    thin = spec.down.ops.adapted_glu.backward(d_hidden, found.gb, gate_up, adapted, spec.activation, out)
     if thin is None:
         return None
-    down = with_known(spec.down, g, gb, None, kept[1], needs_down, {2: thin.a})
-    return UnitGradients(out, down, spec.gate_up.adapted.scaled(thin.gb), thin.b)
-
-
-def with_known(
-    group: Group,
-    g: torch.Tensor,
-    gb: torch.Tensor | None,
-    x: torch.Tensor | Normed | None,
-    kept: Kept,
-    needs: Sequence[bool],
-    known: dict[int, torch.Tensor],
-) -> Grads:
-    """:meth:`Group.parameter_gradients`, where some are known by their place."""
-    grads = group.parameter_gradients(g, gb, x, kept, [need and i not in known for i, need in enumerate(needs)])
-    for i, grad in known.items():
-        parameter = group.tensors()[i]
-        if needs[i] and parameter is not None:
-            grads[i] = grad.to(parameter.dtype)
-    return grads
-
-
-def known_b(group: Group, b: tuple[torch.Tensor, ...]) -> dict[int, torch.Tensor]:
-    """The gradients of a group's B by their place, of gate's and up's, which may be one projection's."""
-    if b and len(group.projections) == 1:
-        b = (torch.cat(b),)
-    return {PER_PROJECTION * i + 3: part for i, part in enumerate(b)}
+    of_a = 2  # the place of A among the tensors of down, the only projection of its group
+    others = [need and i != of_a for i, need in enumerate(needs_down)]
+    down, a = spec.down.parameter_gradients(g, found, None, kept[1], others), spec.down.projections[0].a
+    if needs_down[of_a] and a is not None:
+        down[of_a] = thin.a.to(a.dtype)
+    b = thin.b if len(spec.gate_up.projections) > 1 else (torch.cat(thin.b),)
+    return UnitGradients(out, down, FromOutput(spec.gate_up.adapted.scaled(thin.gb), b))
 
 
 def _empty(like: torch.Tensor, width: int) -> torch.Tensor:

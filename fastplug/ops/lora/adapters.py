@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from fastplug.ops.adapter_gradients.reference import Place
 from fastplug.ops.lora.matmul import drop, joins, mm, undrop
-from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
+from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
 
 
@@ -113,10 +114,25 @@ class Adapters:
 
     # --- backward -------------------------------------------------------------------------------------------------
 
-    def scaled_gb(self, g: torch.Tensor, kept: Kept) -> torch.Tensor | None:
-        """scaling · g B [tokens, rank] for g [tokens, out_features]."""
+    def from_output(self, g: torch.Tensor, kept: Kept, needs: Sequence[bool]) -> FromOutput | None:
+        """What follows from g [tokens, out_features], with the gradients of B where one pass makes them and they are
+        asked for, all of them; ``needs`` is as of :meth:`Group.parameter_gradients`."""
         if kept.b is None:
             return None
+        places = [Place(rows, columns, p.scaling) for p, rows, columns in self.blocks]
+        if kept.xa is not None and len(kept.xa) == len(g) and all(needs[i + 3] for i in self._places()):
+            one = self.ops.adapter_gradients
+            if one.suits(g, kept.xa, kept.b, places):
+                return FromOutput(*one.gradients(g, kept.xa, kept.b, places))
+        return FromOutput(self.scaled_gb(g, kept))
+
+    def _places(self) -> list[int]:
+        """Where the tensors of each adapted projection begin among the group's."""
+        return [self._index[id(p)] for p, _, _ in self.blocks]
+
+    def scaled_gb(self, g: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """scaling · g B [tokens, rank] for g [tokens, out_features]."""
+        assert kept.b is not None
         out = self._empty(len(g), g)
         tiles = self.tiles(g)
         if len(tiles) == 1:
@@ -140,16 +156,16 @@ class Adapters:
     def parameter_gradients(
         self,
         g: torch.Tensor,
-        gb: torch.Tensor,
+        known: FromOutput,
         x: torch.Tensor | Normed | None,
         kept: Kept,
         needs: Sequence[bool],
         grads: Grads,
     ) -> None:
         """Fill in the gradients of A and B; see :meth:`Group.parameter_gradients`."""
+        gb = known.gb
         shared: torch.Tensor | None = None  # the gradients of all A, in one product, where nothing was dropped
-        for (p, rows, columns), mask in zip(self.blocks, kept.masks):
-            i = self._index[id(p)]
+        for j, ((p, rows, columns), mask, i) in enumerate(zip(self.blocks, kept.masks, self._places())):
             assert p.a is not None
             assert p.b is not None
             assert kept.xa is not None
@@ -162,7 +178,9 @@ class Adapters:
                     if shared is None:
                         shared = self._gbx(gb, x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
                     grads[i + 2] = shared[columns].to(p.a.dtype)
-            if needs[i + 3]:
+            if needs[i + 3] and known.b:
+                grads[i + 3] = known.b[j].to(p.b.dtype)
+            elif needs[i + 3]:
                 grads[i + 3] = mm(g[:, rows].t(), kept.xa[:, columns], p.b.dtype)
 
     @staticmethod

@@ -196,9 +196,9 @@ class AttentionInputFunction(torch.autograd.Function):
                 weight_grad=needs[5] or needs[6],
                 **spec.qk_norm.kwargs(),
             )
-        d_normed, gb = group.input_gradient(dqkv, kept, needs[1] or needs[4])
+        d_normed, found = group.input_gradient(dqkv, kept, needs[1] or needs[4], needs[7:])
         entered = projections_input(spec.norm, group, rows, rstd, norm_weight, needs[7:])
-        grads = group.parameter_gradients(dqkv, gb, entered, kept, needs[7:])
+        grads = group.parameter_gradients(dqkv, found, entered, kept, needs[7:])
         del entered
         dx, d_norm_weight = d_normed, None
         if spec.norm is not None and d_normed is not None:

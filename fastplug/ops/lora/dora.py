@@ -34,7 +34,7 @@ from fastplug.ops.launch import recording
 from fastplug.ops.lora.group import Group, Weight
 from fastplug.ops.lora.kept_weights import KeptWeights
 from fastplug.ops.lora.matmul import mm, undrop
-from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
+from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
 
 
@@ -228,16 +228,16 @@ class DoraGroup(Group):
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, FromOutput | None]:
         scale = _row(kept, 0)
         assert kept.b is not None
-        gb = self.adapted.scaled_gb(g, kept._replace(b=self._rows(kept.b, scale)))
-        if not needs_dx:
-            return None, gb
-        assert gb is not None
+        found = self.adapted.from_output(g, kept._replace(b=self._rows(kept.b, scale)), needs)
+        if found is None or not needs_dx:
+            return None, found
+        gb = found.gb
         if self.adapted.dropout:
-            return self._dropped_dx(g, gb, kept), gb
+            return self._dropped_dx(g, gb, kept), found
         scale_weight = len(g) > self.in_features  # which is smaller than g then
         dx = self.adapted.dx(gb, kept)
         for weight, rows, decoded in self._weights():
@@ -245,7 +245,7 @@ class DoraGroup(Group):
                 dx.addmm_(g[:, rows], self._rows(weight, scale[rows], weight if decoded else None))
             else:
                 dx.addmm_(self._columns(g[:, rows], scale[rows]), weight)
-        return dx, gb
+        return dx, found
 
     def _dropped_dx(self, g: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
         scale = _row(kept, 0)
@@ -262,13 +262,13 @@ class DoraGroup(Group):
     def parameter_gradients(
         self,
         g: torch.Tensor,
-        gb: torch.Tensor | None,
+        found: FromOutput | None,
         x: torch.Tensor | Normed | None,
         kept: Kept,
         needs: Sequence[bool],
     ) -> Grads:
         count = PER_PROJECTION * len(self.projections)
-        grads = super().parameter_gradients(g, gb, x, kept, needs[:count])
+        grads = super().parameter_gradients(g, found, x, kept, needs[:count])
         scale, norm = _row(kept, 0), _row(kept, 1)
         for block in self.adapted.blocks:
             i = next(i for i, p in enumerate(self.projections) if p is block.projection) * PER_PROJECTION + 3

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastplug.ops.lora.adapted_unit import UnitGradients, base_product, known_b, one_pass, with_known
+from fastplug.ops.lora.adapted_unit import UnitGradients, base_product, one_pass
 from fastplug.ops.lora.attention_input import projections_input
 from fastplug.ops.lora.group import Grads, Kept
 
@@ -72,14 +72,13 @@ def backward(
         found = _one_by_one(spec, g, gate_up, kept[1], needs[inner:], overwrite, late)
     del gate_up
 
-    needs_dx, gb = needs[1] or needs[2] or needs[3], found.gb
-    if gb is None:
-        d_normed, gb = spec.gate_up.input_gradient(found.gate_up, gate_up_kept, needs_dx)
+    needs_dx, known = needs[1] or needs[2] or needs[3], found.from_gate_up
+    if known is None:
+        d_normed, known = spec.gate_up.input_gradient(found.gate_up, gate_up_kept, needs_dx, needs[4:inner])
     else:
-        d_normed = spec.gate_up.dx(found.gate_up, gb, gate_up_kept) if needs_dx else None
+        d_normed = spec.gate_up.dx(found.gate_up, known.gb, gate_up_kept) if needs_dx else None
     entered = projections_input(spec.norm, spec.gate_up, h, rstd, norm_weight, needs[4:inner])
-    known = known_b(spec.gate_up, found.b)
-    gate_up_grads = with_known(spec.gate_up, found.gate_up, gb, entered, gate_up_kept, needs[4:inner], known)
+    gate_up_grads = spec.gate_up.parameter_gradients(found.gate_up, known, entered, gate_up_kept, needs[4:inner])
     down_grads = found.down
     del found, entered
     d_norm_weight = None
@@ -109,7 +108,7 @@ def _one_by_one(
         late: Whether x Aᵀ of down is still to be made.
     """
     # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
-    hidden, gb = spec.down.input_gradient(g, down_kept, True)
+    hidden, known = spec.down.input_gradient(g, down_kept, True, needs)
     assert hidden is not None
     compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
     overwrite = overwrite and not compiling and not spec.gate_up.output_known
@@ -121,7 +120,7 @@ def _one_by_one(
     spec.gate_up.ops.glu.backward(d_hidden, gate, up, spec.activation, d_gate, d_up, hidden if any(needs) else None)
     if any(needs) and late:
         down_kept = spec.down.adapters(hidden)
-    grads = spec.down.parameter_gradients(g, gb, hidden if any(needs) else None, down_kept, needs)
+    grads = spec.down.parameter_gradients(g, known, hidden if any(needs) else None, down_kept, needs)
     return UnitGradients(d_gate_up, grads)
 
 

@@ -17,7 +17,7 @@ from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.kept_weights import KeptWeights, State
 from fastplug.ops.lora.matmul import joins, mm
-from fastplug.ops.lora.projection import PER_PROJECTION, Grads, Kept, Normed, Projection
+from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
 
 if TYPE_CHECKING:
@@ -137,11 +137,14 @@ class Group:
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradient of x (None if not wanted) and s · g B [tokens, rank], for g [tokens, out_features]."""
-        gb = self.adapted.scaled_gb(g, kept)
-        return (self.dx(g, gb, kept) if needs_dx else None), gb
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, FromOutput | None]:
+        """The gradient of x (None if not wanted) for g [tokens, out_features], and what else follows from g.
+
+        ``needs`` as of :meth:`parameter_gradients`, which is to come.
+        """
+        found = self.adapted.from_output(g, kept, needs)
+        return (self.dx(g, None if found is None else found.gb, kept) if needs_dx else None), found
 
     def dx(self, g: torch.Tensor, gb: torch.Tensor | None, kept: Kept) -> torch.Tensor:
         """The gradient of x, given s · g B; with None for that, the base's alone."""
@@ -167,12 +170,12 @@ class Group:
     def parameter_gradients(
         self,
         g: torch.Tensor,
-        gb: torch.Tensor | None,
+        found: FromOutput | None,
         x: torch.Tensor | Normed | None,
         kept: Kept,
         needs: Sequence[bool],
     ) -> Grads:
-        """Gradients of :meth:`tensors` where ``needs`` is true.
+        """Gradients of :meth:`tensors` where ``needs`` is true, given what :meth:`input_gradient` has found.
 
         ``x`` may be None if none of them is, and unmade where :meth:`takes_unmade` says so.
         """
@@ -188,8 +191,8 @@ class Group:
                 assert p.bias is not None
                 grads[i * PER_PROJECTION + 1] = part.sum(0, dtype=torch.float32).to(p.bias.dtype)
             row += p.shape[0]
-        if gb is not None and kept.xa is not None:
-            self.adapted.parameter_gradients(g, gb, x, kept, needs, grads)
+        if found is not None and kept.xa is not None:
+            self.adapted.parameter_gradients(g, found, x, kept, needs, grads)
         return grads
 
     def takes_unmade(self, needs: Sequence[bool]) -> bool:
@@ -272,4 +275,4 @@ def _state(encoded: Sequence[EncodedWeight]) -> State:
     return [(tensor.data_ptr(), tensor._version) for tensor in stored]
 
 
-__all__ = ["Grads", "Group", "Kept", "Normed", "Projection"]
+__all__ = ["FromOutput", "Grads", "Group", "Kept", "Normed", "Projection"]

@@ -35,6 +35,6 @@ class LoRALinear(torch.autograd.Function):
         needs_dx, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         rows = x.reshape(-1, group.in_features).to(group.dtype)
         g = g.reshape(-1, group.out_features).to(group.dtype)
-        dx, gb = group.input_gradient(g, kept, needs_dx)
-        grads = group.parameter_gradients(g, gb, rows, kept, needs)
+        dx, found = group.input_gradient(g, kept, needs_dx, needs)
+        grads = group.parameter_gradients(g, found, rows, kept, needs)
         return None, None if dx is None else dx.view(x.shape).to(x.dtype), *grads

@@ -47,6 +47,18 @@ class Kept(NamedTuple):
         return cls(xa, a, b, tuple(masks), scale, output)
 
 
+class FromOutput(NamedTuple):
+    """What follows from the gradient g of a group's output and its adapters alone.
+
+    Attributes:
+        gb: s · g B [tokens, rank].
+        b: The gradient of each adapter's B [its rows, its rank], where one pass over g has made them along with ``gb``.
+    """
+
+    gb: torch.Tensor
+    b: tuple[torch.Tensor, ...] = ()
+
+
 class Normed(NamedTuple):
     """The input of a group that an RMSNorm makes, as what it is made of: 1/rms · h · (offset + weight).
 
