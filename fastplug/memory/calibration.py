@@ -6,13 +6,12 @@ measured to reasoned, one for each policy, so that they hold for every layer and
 agreed on by all ranks, and are saved with the plans.
 
 What copies to the host's memory cost cannot be told from a plan that copies: the layers beside them are slower by 3% at
-some times and by 18% at others. So two early forwards follow a plan without copies, which gives the same bits, and the
-faster of both is followed from then on.
+some times and by 18% at others. So some early forwards follow a plan without copies, which gives the same bits: layers
+are measured there, and whole steps of both kinds are compared (``steps.py``).
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import zlib
 from collections import defaultdict
@@ -23,20 +22,17 @@ from typing import NamedTuple
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.estimate import SLACK
 from fastplug.memory.meter import Mark, Meter
-from fastplug.memory.plan import Shape
+from fastplug.memory.plan import Plan, Shape
 from fastplug.memory.policy import SPREAD, Policy
+from fastplug.memory.steps import WITHOUT, Steps
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
-COMPARED = 7  # forwards until which shapes are observed whose plan copies to the host's memory, of which
-WITHOUT = (6, 7)  # do not; two of each, since the first ones plan with caution and each new plan has to settle
-FASTER = 0.98  # of the time with copies that forwards without have to stay below
 # Whether a policy copies to the host's memory -> how much higher its ratio may be than the lowest one. In quiet runs on
 # an H100 nearly all were within 1.05 and 1.15 of it. A host that was slow for a while made them 1.3 and 1.7 times as
 # high, so that layers were computed again that there was room for.
 ALIKE = {False: 1.1, True: 1.25}
 NEAR = 0.05  # a ratio that moves by less says the same
 HOST_NEAR = 0.25  # of the host's free memory: what data loaders and other processes take comes and goes
-Forward = tuple[Shape, int]  # its shape and number
 
 
 @dataclass(frozen=True)
@@ -129,8 +125,8 @@ class Agreed:
 class Observation:
     """One layer's forward and backward, as they are measured."""
 
-    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, forward: Forward, copying: bool) -> None:
-        self._meter, self.policy, self.cost, self.forward, self.copying = meter, policy, cost, forward, copying
+    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, copying: bool) -> None:
+        self._meter, self.policy, self.cost, self.copying = meter, policy, cost, copying
         self._before = meter.allocated()
         self._marks: list[Mark] = [meter.mark()]
         self.saved: int | None = None
@@ -176,23 +172,24 @@ class Calibration:
 
     Attributes:
         watching: Whether the present forward is observed.
-        copies: Whether forwards and their backwards are no slower with copies to the host's memory than without; None
-            before some shape had both.
+        steps: How long whole steps took.
     """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self._seen: dict[Shape, int] = defaultdict(int)
         self._open: list[Observation] = []
-        self._times: dict[bool, dict[Forward, list[Timed]]] = {False: {}, True: {}}  # by whether it copied
+        self._times: dict[bool, list[Timed]] = {False: [], True: []}  # by whether the forward copied
         self._saved: dict[Policy, list[float]] = defaultdict(list)
-        self._forward: Forward = ((0, 0), 0)
+        self._shape: Shape = (0, 0)
+        self._begun: Mark | None = None
         self._copying = False
         self.watching = False
-        self.copies: bool | None = None
+        self.steps = Steps(meter)
 
     def begin(self, shape: Shape) -> None:
         """A forward of this shape begins: read what the device has passed, and decide whether to observe this one."""
+        self._begun = self.steps.begin()
         waiting = []
         for observation in self._open:
             ms = observation.ms()
@@ -202,70 +199,56 @@ class Calibration:
             self._note(observation, ms)
         self._open = waiting[-512:]  # forwards without a backward are forgotten
         self._seen[shape] += 1
-        self._forward = shape, self._forward[1] + 1
-        if self.copies is None and COMPARED < self._seen[shape] <= 2 * COMPARED:  # the device may be behind
-            self.copies = self._compared(shape)
-        self.watching, self._copying = 1 < self._seen[shape] <= 1 + FORWARDS, False
+        self._shape, self._copying = shape, False
+        self.watching = 1 < self._seen[shape] <= 1 + FORWARDS
 
     def compares(self) -> bool:
         """Whether the present forward is to follow a plan without copies, if the one for its shape copies."""
-        return self.copies is None and self._seen[self._forward[0]] in WITHOUT
+        return self._seen[self._shape] in WITHOUT
 
-    def watch_longer(self, copying: bool) -> None:
-        """The plan for the shape of the present forward copies; whether the forward does."""
-        self.watching |= self.copies is None and 1 < self._seen[self._forward[0]] <= COMPARED
-        self._copying = copying
+    def follow(self, plan: Plan, instead: bool) -> None:
+        """The plan that the present forward follows, and whether it is one without copies ``instead`` of another."""
+        assert self._begun is not None
+        self._copying = plan.host_bytes > 0
+        self.watching |= instead
+        self.steps.follow(self._begun, plan)
 
     def observe(self, policy: Policy, cost: PolicyCost) -> Observation | None:
         """Measure a layer's forward that begins now, if this forward is one to observe."""
         if not self.watching:
             return None
-        observation = Observation(self._meter, policy, cost, self._forward, self._copying)
+        observation = Observation(self._meter, policy, cost, self._copying)
         self._open.append(observation)
         return observation
 
     def disturbed(self) -> None:
         """Memory ran out: what is being observed tells of that, not of layers."""
         self._open.clear()
+        self.steps.disturbed()
 
     def _note(self, observation: Observation, ms: float) -> None:
         cost = observation.cost
         if cost.ms > 0 and ms > 0:
-            forwards = self._times[observation.copying]
-            forwards.setdefault(observation.forward, []).append(Timed(observation.policy, cost, ms))
+            self._times[observation.copying].append(Timed(observation.policy, cost, ms))
         if observation.saved is not None and observation.saved > 0 and cost.saved > 0:
             self._saved[observation.policy].append(observation.saved / cost.saved)
 
     def ms(self) -> dict[Policy, float]:
-        """Policy -> measured over reasoned milliseconds, over layers and steps: those without copies, where there are
-        any.
+        """Policy -> measured over reasoned milliseconds, over layers and steps: of policies that do not copy those
+        without copies, where there are any.
 
         A layer is measured as slower than it is where it waits for Python or for its neighbours' copies, and never as
         faster: so it is the lowest quarter that counts. And policies run the same kernels, so that what one has beyond
         :data:`ALIKE` of the others was such waiting, too.
         """
-        times = self._times[False] or self._times[True]
-        ratios = _by_policy(itertools.chain.from_iterable(times.values()))
+        plain, beside = _by_policy(self._times[False]), _by_policy(self._times[True])
+        ratios = {policy: times for policy, times in beside.items() if policy.offloads or not plain} | plain
         found = {policy: _lowest_quarter(each) for policy, each in ratios.items()}
         computed = [ratio for policy, ratio in found.items() if not policy.offloads]
         if not computed:
             return found
         least = min(computed)
         return {policy: min(ratio, least * ALIKE[policy.offloads]) for policy, ratio in found.items()}
-
-    def _compared(self, shape: Shape) -> bool | None:
-        """What :attr:`copies` is, by one shape. Of several forwards the fastest counts: a new plan has to settle."""
-        if not self._times[True]:
-            return None
-        found = {
-            way: [times for (of, _), times in forwards.items() if of == shape] for way, forwards in self._times.items()
-        }
-        whole = max((len(times) for each in found.values() for times in each), default=0)
-        copying, plain = (
-            min((sum(time.ms for time in times) for times in found[way] if len(times) == whole), default=None)
-            for way in (True, False)
-        )
-        return None if copying is None or plain is None else plain > FASTER * copying
 
     def saved(self) -> dict[Policy, float]:
         """Policy -> measured over reasoned bytes."""

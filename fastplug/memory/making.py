@@ -19,6 +19,7 @@ from fastplug.memory.reading import Reading
 from fastplug.memory.solve import DoesNotFit, solve
 
 GAIN = 0.99  # of the present plan's time that another one has to stay below: each change unsettles the allocator
+OTHERWISE = 0.95  # likewise, where both copy and it does so in another way, of which less is known
 COMPARABLE = 1.25  # of a plan's time within which one without copies may turn out to be faster
 LAUNCHES = 6.0  # milliseconds that Python needs to launch a layer that is not recorded: see graphs/replay.py
 TRIES = 6  # smaller budgets that are tried until recorded layers fit
@@ -196,7 +197,9 @@ class Maker:
         same = replace(self._given(reasoned, layers, before.policies), tile_rows=before.tile_rows)
         most = self.agreed.host if self.agreed.copies else plan.host_bytes  # what copies more was found to be slower
         fits = same.fits and same.host_bytes <= most
-        return same if fits and GAIN * same.ms <= plan.ms else plan
+        new = {policy for policy in plan.policies if policy.offloads} - {*before.policies}
+        gain = OTHERWISE if new and before.host_bytes else GAIN
+        return same if fits and gain * same.ms <= plan.ms else plan
 
     def _cautious(self, reasoned: Estimate, layers: Costs) -> Plan:
         """The fastest plan, with caution where there is room for it."""

@@ -64,6 +64,7 @@ class Planner:
         self.pinned = False  # by the user, or by the checkpoint that the run goes on from
         self.records = False  # whether layers may be recorded as CUDA graphs
         self.recordings = Recordings(self._by_layer)
+        self._others: dict[Shape, Plan | None] = {}  # without copies, to compare plans with
         self._beside: dict[Shape, int] = {}  # bytes that recordings of other shapes held when a plan was made
         self._weights: set[Any] = set()  # decoded ones, of which the plans say how many are kept
         self.meter: Meter | None = None
@@ -176,15 +177,15 @@ class Planner:
                 self.agreed = agreed
                 self._followed.update(self.plans)
                 self.plans.clear()
+                self._others.clear()
                 self._release()  # blocks of the sizes that the last plans needed
         if due:
             self._limit(stock.meter)
         plan = self._plan_for(shape, alone=group is None)
-        if plan.host_bytes:
-            other = self._without_copies(plan) if stock.calibration.compares() and not self.pinned else None
-            stock.calibration.watch_longer(other is None)
-            plan = other or plan
-        self.plan = plan
+        compares = plan.host_bytes > 0 and stock.calibration.compares() and not self.pinned
+        other = self._without_copies(plan) if compares else None
+        self.plan = plan = other or plan
+        stock.calibration.follow(plan, instead=other is not None)
         self._limit_weights(plan.parts.get(DECODED, 0))
         stock.predicted = max(stock.predicted, plan.allocated)
         if plan.total >= TIGHT * plan.budget:
@@ -222,8 +223,10 @@ class Planner:
         """A plan of the same numbers to compare one with that copies to the host's memory."""
         assert self.agreed is not None
         shape = plan.batch, plan.sequence
-        maker = Maker(self._reading, self.agreed, shape, self.options.memory, None, self._beside.get(shape, 0))
-        return maker.without_copies(plan)
+        if shape not in self._others:
+            maker = Maker(self._reading, self.agreed, shape, self.options.memory, None, self._beside.get(shape, 0))
+            self._others[shape] = maker.without_copies(plan)
+        return self._others[shape]
 
     def _agree_on_pins(self, device: torch.device, group: Any) -> None:
         """Follow saved plans where all ranks have the same ones; every rank must call this."""

@@ -97,7 +97,7 @@ class Stock:
             accumulating=gradients > 0 or (known is not None and known.accumulating),
             live=max(waiting + 1, 1 if known is None else known.live),
             copy=self._copy,
-            copies=self.calibration.copies is not False,
+            copies=not self.calibration.steps.slower_with_copies(),
             caution=int(YOUNG_SHARE * available) if young and not self.lowered else 0,
             assumed=0 if self.states.certain else self._to_come,
             ms=self.calibration.ms(),

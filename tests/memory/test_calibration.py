@@ -10,6 +10,7 @@ import pytest
 
 from fastplug.memory.calibration import ALIKE, Agreed, Calibration
 from fastplug.memory.costs import PolicyCost
+from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 
 REASONED = 10.0  # milliseconds of a layer
@@ -65,46 +66,27 @@ def test_what_differs_a_little_stays_as_measured() -> None:
     assert measured({}) == {}
 
 
-SHAPE = (1, 64)
-ORDER = (True, True, True, True, False, False)  # whether a forward copies, from the second on
-
-
-def forwards(*times: float, order: Iterable[bool] = ORDER, shape: tuple[int, int] = SHAPE) -> Calibration:
-    """What has observed forwards of four layers that took so long each, and the first one of another shape."""
+def test_policies_are_measured_where_they_are_by_themselves() -> None:
+    """What does not copy is measured in forwards without copies once there are any, what copies in the others."""
     calibration, cost = Calibration(Device()), PolicyCost(0, 0, 0, REASONED, 0, 0, REASONED / 3)  # type: ignore[arg-type]
-    calibration.begin(SHAPE)
-    for i, (copies, ms) in enumerate(zip(order, times)):
-        calibration.begin(SHAPE if i else shape)
-        calibration.watch_longer(copies)
-        for j in range(4):
-            observation = calibration.observe(Policy.OFFLOAD_KEEP if copies and j % 2 else Policy.KEEP, cost)
-            if observation is not None:
-                observation._marks = [Mark(at) for at in (0.0, ms / 3, 100.0, 100.0 + 2 * ms / 3)]
-    calibration.begin((2, 64))
-    assert calibration.copies is None  # of one shape alone
-    calibration.begin(SHAPE)
-    return calibration
+    plan = Plan((Policy.KEEP,), 1, 64, 100, {}, 10.0)
 
+    def ratios(host_bytes: int, times: dict[Policy, float]) -> dict[Policy, float]:
+        for _ in range(2):
+            calibration.begin((1, 64))
+            calibration.follow(replace(plan, host_bytes=host_bytes), instead=not host_bytes)
+        for policy, ms in times.items():
+            observation = calibration.observe(policy, cost)
+            assert observation is not None
+            observation._marks = [Mark(at) for at in (0.0, ms / 3, 100.0, 100.0 + 2 * ms / 3)]
+        calibration.begin((1, 64))
+        return calibration.ms()
 
-@pytest.mark.parametrize(
-    ("times", "copies"),
-    [
-        ((12.0, 12.0, 15.0, 11.0, 14.0, 11.5), True),
-        ((12.0, 12.0, 15.0, 11.0, 14.0, 10.9), True),  # by less than 2%
-        ((12.0, 12.0, 15.0, 11.0, 14.0, 10.7), False),
-    ],
-)
-def test_layers_copy_unless_they_are_faster_without(times: tuple[float, ...], copies: bool) -> None:
-    found = forwards(*times)
-    assert found.copies is copies
-    assert found.ms() == {Policy.KEEP: pytest.approx(times[-1] / REASONED)}  # what layers take by themselves
-
-
-@pytest.mark.parametrize("copying", [True, False])
-def test_forwards_of_one_kind_alone_say_nothing_of_copies(copying: bool) -> None:
-    found = forwards(*[11.0] * 6, order=[copying] * 6)
-    assert found.copies is None
-    assert found.ms()[Policy.KEEP] == pytest.approx(1.1)
+    copying = Policy.OFFLOAD_ATTENTION
+    found = ratios(1, {Policy.KEEP: 11.2, copying: 12.0})
+    assert found == {Policy.KEEP: pytest.approx(1.12), copying: pytest.approx(12.0 / (REASONED + cost.waiting()))}
+    found = ratios(0, {Policy.KEEP: 10.5})
+    assert found == {Policy.KEEP: pytest.approx(1.05), copying: pytest.approx(12.0 / (REASONED + cost.waiting()))}
 
 
 def test_numbers_that_move_make_new_plans() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,14 @@ import torch
 
 import fastplug
 from fastplug import OptionError
-from fastplug.memory import offload
+from fastplug.memory import making, offload
 from fastplug.memory.making import Maker
 from fastplug.memory.plan import Plan
 from fastplug.memory.planner import Planner
 from fastplug.memory.policy import Policy
 from fastplug.memory.runtime import planners
 from tests import models
-from tests.memory.device import Device, MiB, gradients, same_bits
+from tests.memory.device import Device, MiB, Moment, gradients, same_bits
 
 pytest.importorskip("peft")
 
@@ -200,25 +201,28 @@ def test_what_was_measured_changes_the_plan() -> None:
 
 @pytest.mark.parametrize("slower", [1.0, 3.0])
 def test_layers_copy_to_the_host_unless_they_are_faster_without(monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
-    """Two early forwards tell, which follow a plan without copies."""
+    """Some early steps tell, whose forwards follow a plan without copies."""
     model, planner, device = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
-    mark = device.mark
+    monkeypatch.setattr(making, "COMPARABLE", 1e9)  # layers of this size take no time beside their copies
+    device.clock = 5.0
+    begun = [0.0]
 
-    def slow_beside_copies() -> Any:
-        device.clock = 5.0 * (slower if planner.plan is not None and planner.plan.host_bytes else 1.0)
-        return mark()
+    def step_begins() -> Moment:
+        begun[0] += slower if planner.plan is not None and planner.plan.host_bytes else 1.0
+        return Moment(begun[0])
 
-    monkeypatch.setattr(device, "mark", slow_beside_copies)
     copied, watched, found = [], [], []
-    for _ in range(9):
+    for _ in range(17):
         found.append(gradients(model, BATCH))
         assert planner.plan is not None
         assert planner.stock is not None
+        monkeypatch.setattr(planner.stock.calibration.steps, "_meter", SimpleNamespace(mark=step_begins))
         assert planner.plan.total <= planner.plan.budget
         copied.append(planner.plan.host_bytes > 0)
         watched.append(planner.stock.calibration.watching)
-    assert copied == [*[False] * 3, True, True, False, False, *[slower == 1.0] * 2]  # at first there is less room
-    assert watched == [False, *[True] * 6, False, False]
+    keeps = slower == 1.0  # else it is known at the eighth forward: the first ones, with less room, did not copy
+    assert copied == [*[False] * 3, *[True] * 4, keeps, *[False] * 4, *[keeps] * 5]
+    assert watched == [False, *[True] * 3, *[False] * 4, *[keeps] * 4, *[False] * 5]
     assert planner.agreed is not None
     assert planner.agreed.copies == (slower == 1.0)
     for other in found[1:]:
@@ -252,7 +256,7 @@ def test_a_pinned_plan_is_compared_with_none() -> None:
     assert planner.plan.host_bytes
     plan = planner.plan
     planner.pin(planner.agreed, [plan], "a test says so")
-    for _ in range(5):
+    for _ in range(9):
         gradients(model, BATCH)
         assert planner.plan == plan
 
@@ -388,8 +392,9 @@ def test_a_step_that_ran_out_of_memory_is_not_measured() -> None:
     for _ in range(2):
         gradients(model, BATCH)
     assert planner.stock is not None
-    seen = sum(len(times) for times in planner.stock.calibration._times[False].values())
-    assert seen == planner.count  # of the third forward alone: the first is not measured, the second was disturbed
+    assert (
+        len(planner.stock.calibration._times[False]) == planner.count
+    )  # of the third forward alone: the first is not measured, the second was disturbed
 
 
 def test_a_plan_that_fits_is_not_left_for_a_small_gain() -> None:
