@@ -68,11 +68,16 @@ class Steps:
         """Memory ran out: the step tells of that."""
         self._now = None
 
+    def latest(self, copies: bool) -> dict[Shape, list[float]]:
+        """Milliseconds of the latest settled steps with copies or without, by shape."""
+        return {shape: [*found] for shape, found in self._ms[copies].items()}
+
     def slower_with_copies(self) -> bool:
         """Whether steps are slower with copies than without, by the shapes that had both."""
         sums = [0.0, 0.0]
-        for shape, plain in self._ms[False].items():
-            copying = self._ms[True].get(shape, ())
+        others = self.latest(copies=True)
+        for shape, plain in self.latest(copies=False).items():
+            copying = others.get(shape, [])
             if min(len(plain), len(copying)) >= ENOUGH:
                 sums[0] += statistics.median(plain)
                 sums[1] += statistics.median(copying)
