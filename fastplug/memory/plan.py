@@ -72,6 +72,10 @@ class Plan:
         """Whether the prediction is within the budget."""
         return self.total <= self.budget
 
+    def alike(self, other: Plan) -> bool:
+        """Whether layers compute and keep the same under both."""
+        return (self.policies, self.tile_rows) == (other.policies, other.tile_rows)
+
     def counts(self) -> dict[Policy, int]:
         """How many layers have each policy, in the order of :class:`Policy`; those that none has are left out."""
         return {policy: self.policies.count(policy) for policy in Policy if policy in self.policies}

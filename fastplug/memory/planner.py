@@ -151,7 +151,7 @@ class Planner:
         stock = self._start(x.device)
         self._forwards += 1
         stock.calibration.begin(shape)
-        waiting = self.room.forwards(0)
+        waiting, renewed, urgent = self.room.forwards(0), False, self._urgent
         group = agreement.group_of(layer)
         if self.pinned and self._urgent:
             self.pinned = False
@@ -178,10 +178,13 @@ class Planner:
                 self._followed.update(self.plans)
                 self.plans.clear()
                 self._others.clear()
-                self._release()  # blocks of the sizes that the last plans needed
+                renewed = True
         if due:
             self._limit(stock.meter)
+        before = self._followed.get(shape)
         plan = self._plan_for(shape, alone=group is None)
+        if renewed and (urgent or before is None or not before.alike(plan)):
+            self._release()  # blocks of the sizes that the last plans needed; to get them again takes most of a second
         compares = plan.host_bytes > 0 and stock.calibration.compares() and not self.pinned
         other = self._without_copies(plan) if compares else None
         self.plan = plan = other or plan
@@ -209,7 +212,7 @@ class Planner:
             if made.note is not None:
                 self.note(made.note)
             past = self._followed.get(shape)
-            if shape in held and (not made.recorded or past is None or past.policies != made.plan.policies):
+            if shape in held and (not made.recorded or past is None or not past.alike(made.plan)):
                 self.recordings.forget()
             self.plans[shape], self._costs[shape] = made.plan, made.reasoned
             self._beside[shape], self._followed[shape] = beside, made.plan

@@ -60,7 +60,7 @@ class Steps:
         """The forward that began then follows this plan."""
         shape = plan.batch, plan.sequence
         before = self._plans.get(shape)
-        settled = before is not None and (before.policies, before.tile_rows) == (plan.policies, plan.tile_rows)
+        settled = before is not None and before.alike(plan)
         self._plans[shape] = plan
         self._now = Step(at, shape, plan.host_bytes > 0, settled)
 
