@@ -67,6 +67,8 @@ def launches_that_do_nothing() -> Iterator[Counter[str]]:
             kernels = importlib.import_module(f"fastplug.ops.adapted_glu.hopper_{direction}")
             name = f"_{direction}_kernel"
             stack.enter_context(mock.patch.object(kernels, name, Nothing(f"adapted_glu{name}")))
+        gradients = importlib.import_module("fastplug.ops.adapter_gradients.kernel")
+        stack.enter_context(mock.patch.multiple(gradients, _here=lambda device: True, FEWEST=1))
         share = importlib.import_module("fastplug.ops.fp8.share")
         stack.enter_context(mock.patch.multiple(share, multiprocessors=lambda device: 132, WAVES=0))
         hopper = importlib.import_module("fastplug.ops.fp8.hopper")

@@ -17,9 +17,12 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +33,7 @@ from benchmarks.shapes import LORA, SHAPES
 from benchmarks.weights import build, quantize
 
 GRID = 4096  # tokens: the step of the search
+T = TypeVar("T")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -99,6 +103,7 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
             for name, copies in (("with copies", True), ("without", False))
         }
         result["steps_ms"] = [round(milliseconds(lambda i=i: loop.step(i)), 2) for i in range(a.steps)]  # type: ignore[misc]
+        result["host"] = host_times(loop)
         times = sorted(result["steps_ms"])
         planner = planners(model)[0]
         plan, agreed = planner.plan, planner.agreed
@@ -137,6 +142,25 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
         model.zero_grad(set_to_none=True)
         gc.collect()
     return result
+
+
+def host_times(loop: Loop, steps: int = 3) -> dict[str, float]:
+    """Milliseconds until a forward and a backward are launched and done, medians: whether the GPU waits for Python."""
+    found: dict[str, list[float]] = defaultdict(list)
+
+    def timed(name: str, call: Callable[[], T]) -> T:
+        synchronize()
+        started = time.perf_counter()
+        result = call()
+        found[f"{name} launched"].append(1e3 * (time.perf_counter() - started))
+        synchronize()
+        found[f"{name} done"].append(1e3 * (time.perf_counter() - started))
+        return result
+
+    for _ in range(steps):
+        timed("backward", timed("forward", lambda: loop.loss(loop.data[0])).backward)
+        loop.model.zero_grad(set_to_none=True)
+    return {name: round(statistics.median(times), 1) for name, times in found.items()}
 
 
 def _gradients(model: Any, loop: Loop) -> dict[str, torch.Tensor]:

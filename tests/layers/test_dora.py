@@ -114,6 +114,8 @@ def test_group_is_the_formula(device, dtype, quantized, tokens):
 
 def test_group_whose_gradients_of_b_come_along_with_gb(device, monkeypatch):
     one_pass, case = Always(), Case(device, torch.float32)
+    a, b, m = (t.detach().clone().requires_grad_() for t in case.adapters[0][:3])
+    case.adapters = {0: case.adapters[0], 1: (a, b[: WIDTHS[1]], m[: WIDTHS[1]], 0.9), 2: case.adapters[2]}
     monkeypatch.setattr(table_for(case.x.device, "auto"), "adapter_gradients", one_pass)
     y = lora_linear(case.group(), case.x)
     ours = [y, *torch.autograd.grad(y, case.inputs(), case.g)]

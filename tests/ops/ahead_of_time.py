@@ -191,10 +191,9 @@ def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
             low_rank.add(out, scales(n, rank), scales(k, rank))
     if capability >= 80:
         gradients = importlib.import_module("fastplug.ops.adapter_gradients.kernel")
-        place = importlib.import_module("fastplug.ops.adapter_gradients.reference").Place
         for rank in (16, 32):
-            places = [place(slice(i * k, (i + 1) * k), slice(i * rank, (i + 1) * rank), 1.0) for i in range(3)]
-            gradients.gradients(scales(k, 3 * k), scales(k, 3 * rank), scales(3 * k, 3 * rank), places)
+            places = gradients.Places((0, k, 2 * k, 3 * k), (0, rank, 2 * rank, 3 * rank))
+            gradients.gradients(scales(k, 3 * k), scales(k, 3 * rank), scales(3 * k, 3 * rank), places, [1.0] * 3)
     if capability < 89:  # no conversion to FP8 in hardware
         return
     for width in (k, n, 28672):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from fastplug.ops.adapter_gradients import kernel, reference
-from fastplug.ops.adapter_gradients.reference import Place
+from fastplug.ops.adapter_gradients.reference import Places
 from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
 from fastplug.ops.lora.group import Group
@@ -36,30 +37,41 @@ def op(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
 
+class Case(NamedTuple):
+    """What both functions take, in this order."""
+
+    g: torch.Tensor
+    xa: torch.Tensor
+    b: torch.Tensor
+    places: Places
+    scalings: list[float]
+
+    def suits(self, op: Any = kernel, **others: Any) -> bool:
+        return bool(op.suits(*self._replace(**others)[:-1]))
+
+
 def operands(
     tokens: int, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device, pad: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Place]]:
+) -> Case:
     """Random ones, of adapters of these widths and ranks; rows of g have ``pad`` numbers after them."""
     torch.manual_seed(0)
-    channels, rank = (sum(part) for part in zip(*sizes))
+    rows, columns = ((0, *accumulate(part)) for part in zip(*sizes))
+    channels, rank = rows[-1], columns[-1]
     g = torch.randn(tokens, channels + pad, device=device).to(dtype)[:, :channels]
     xa, b = torch.randn(tokens, rank, device=device).to(dtype), torch.zeros(channels, rank, device=device, dtype=dtype)
-    places, row, column = [], 0, 0
-    for i, (width, its) in enumerate(sizes):
-        places.append(Place(slice(row, row + width), slice(column, column + its), 0.5 + i))
-        b[row : row + width, column : column + its] = torch.randn(width, its, device=device)
-        row, column = row + width, column + its
-    return g, xa, b, places
+    for (row, end), (column, last) in zip(pairwise(rows), pairwise(columns)):
+        b[row:end, column:last] = torch.randn(end - row, last - column, device=device)
+    return Case(g, xa, b, Places(rows, columns), [0.5 + i for i in range(len(sizes))])
 
 
-def one_by_one(
-    g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Sequence[Place], dtype: torch.dtype
-) -> list[torch.Tensor]:
+def one_by_one(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     """As one would write it, a product each."""
-    g, xa, b = g.to(dtype), xa.to(dtype), b.to(dtype)
-    parts = [(g[:, rows], b[rows, columns], xa[:, columns], scaling) for rows, columns, scaling in places]
-    gb = torch.cat([(part @ mine) * scaling for part, mine, _, scaling in parts], dim=1)
-    return [gb, *(part.t() @ its for part, _, its, _ in parts)]
+    g, xa, b = (t.to(dtype) for t in case[:3])
+    gb, of_b = [], []
+    for (row, end), (column, last), scaling in zip(*map(pairwise, case.places), case.scalings):
+        gb.append((g[:, row:end] @ b[row:end, column:last]) * scaling)
+        of_b.append(g[:, row:end].t() @ xa[:, column:last])
+    return [torch.cat(gb, dim=1), *of_b]
 
 
 SIZES = [[(64, 16)], [(300, 8)], [(520, 16), (70, 16), (64, 16)], [(256, 32), (40, 4)], [(3, 1), (5, 2), (7, 3)]]
@@ -76,7 +88,7 @@ def test_as_accurate_as_pytorch(op, device, dtype, sizes, tokens):
     assert gb.dtype == dtype
     assert all(part.dtype == torch.float32 for part in of_b)
     names = ["g B", *(f"d B {i}" for i in range(len(of_b)))]
-    assert_as_accurate([gb, *of_b], one_by_one(*given, dtype), one_by_one(*given, torch.float64), names)
+    assert_as_accurate([gb, *of_b], one_by_one(given, dtype), one_by_one(given, torch.float64), names)
     again = op.gradients(*given)
     assert torch.equal(gb, again[0])
     assert all(torch.equal(mine, other) for mine, other in zip(of_b, again[1]))
@@ -85,7 +97,7 @@ def test_as_accurate_as_pytorch(op, device, dtype, sizes, tokens):
 @pytest.mark.parametrize("pad", [3, 8])
 def test_rows_may_lie_apart(op, device, pad):
     given = operands(90, [(72, 16), (24, 16)], torch.float32, device, pad)
-    close = op.gradients(given[0].contiguous(), *given[1:])
+    close = op.gradients(*given._replace(g=given.g.contiguous()))
     apart = op.gradients(*given)
     for mine, other in zip([apart[0], *apart[1]], [close[0], *close[1]]):
         torch.testing.assert_close(mine, other)
@@ -95,23 +107,23 @@ def test_rows_may_lie_apart(op, device, pad):
 @pytest.mark.parametrize("sizes", [[(4096, 16)], [(4096, 16), (1024, 16), (1024, 16)], [(8192, 32)]])
 def test_of_a_large_model(device, sizes):
     given = operands(8200, sizes, torch.bfloat16, device)
-    assert kernel.suits(*given)
+    assert given.suits()
     gb, of_b = kernel.gradients(*given)
-    assert_as_accurate([gb, *of_b], one_by_one(*given, torch.bfloat16), one_by_one(*given, torch.float64))
+    assert_as_accurate([gb, *of_b], one_by_one(given, torch.bfloat16), one_by_one(given, torch.float64))
 
 
 @pytest.mark.gpu
 def test_what_suits(device):
-    g, xa, b, places = operands(5000, [(256, 16), (64, 16)], torch.bfloat16, device)
-    assert kernel.suits(g, xa, b, places)
-    assert not reference.suits(g, xa, b, places)
-    assert not kernel.suits(g[:4000], xa[:4000], b, places)
-    assert not kernel.suits(g.float(), xa.float(), b.float(), places)
-    assert not kernel.suits(g, xa, b, places[:1])  # one of two projections has no adapter
-    assert not kernel.suits(g, xa, b, places[::-1])
-    assert not kernel.suits(g.t().contiguous().t(), xa, b, places)
-    assert not kernel.suits(*operands(5000, [(256, 64)], torch.bfloat16, device))
-    assert not kernel.suits(*operands(5000, [(9000, 16)], torch.bfloat16, device))
+    case = operands(5000, [(256, 16), (64, 16)], torch.bfloat16, device)
+    assert case.suits()
+    assert not case.suits(reference)
+    assert not case.suits(g=case.g[:4000], xa=case.xa[:4000])
+    assert not case.suits(g=case.g.float(), xa=case.xa.float(), b=case.b.float())
+    assert not case.suits(g=case.g.t().contiguous().t())
+    assert not case.suits(b=case.b.t().contiguous().t())
+    assert not operands(5000, [(256, 64)], torch.bfloat16, device).suits()
+    assert not operands(5000, [(9000, 16)], torch.bfloat16, device).suits()
+    assert not operands(5000, [(64, 16)] * 4, torch.bfloat16, device).suits()
 
 
 class Always:

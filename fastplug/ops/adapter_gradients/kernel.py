@@ -9,14 +9,16 @@ The functions are those of ``reference``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastplug.ops.adapter_gradients.reference import Place
+from fastplug.ops.adapter_gradients.reference import Places
 from fastplug.ops.ahead import launched
 from fastplug.ops.launch import on_device, power_of_2, stride_unit
 
@@ -152,61 +154,67 @@ def _sum_kernel(
         tl.store(of_b_ptr + place, _sum(b_parts, place, inside, end * 0, end, stride, ROWS, BLOCK), mask=inside)
 
 
-def _second_and_third(starts: Sequence[int]) -> tuple[int, int]:
-    """Where the second adapter begins and the third; those that are not there begin where the last one ends."""
-    return starts[1], starts[min(2, len(starts) - 1)]
+class _Layout(NamedTuple):
+    """What follows from the places: the adapters' ranks, R and the units of the kernels, and where strips begin."""
+
+    ranks: list[int]
+    width: int
+    rank_unit: int
+    strips: list[int]
+    second_and_third: list[int]  # their first strips, rows and columns; where the last one ends if they are not there
 
 
-def suits(g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Sequence[Place]) -> bool:
+@functools.lru_cache(maxsize=1024)
+def _layout(places: Places) -> _Layout:
+    rows, columns = places
+    ranks = [end - start for start, end in itertools.pairwise(columns)]
+    strips = [0, *itertools.accumulate(triton.cdiv(end - start, CHANNELS) for start, end in itertools.pairwise(rows))]
+    starts = [part for each in (strips, rows, columns) for part in (each[1], each[min(2, len(ranks))])]
+    return _Layout(ranks, max(16, power_of_2(max(ranks))), stride_unit(*columns), strips, starts)
+
+
+@functools.lru_cache
+def _here(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == ARCHITECTURE
+
+
+def suits(g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places) -> bool:
     """See :func:`fastplug.ops.adapter_gradients.reference.suits`."""
     if torch.compiler.is_compiling():  # a guard on the number of tokens would compile a layer twice
         return False
-    if not g.is_cuda or g.dtype not in (torch.bfloat16, torch.float16) or not g.dtype == xa.dtype == b.dtype:
+    tokens, channels = g.shape
+    if tokens < FEWEST or channels > WIDEST or len(places.rows) > 1 + MOST or not _here(g.device):
         return False
-    if len(g) < FEWEST or g.shape[1] > WIDEST or not 0 < len(places) <= MOST:
+    if g.dtype not in (torch.bfloat16, torch.float16) or not g.dtype == xa.dtype == b.dtype:
         return False
-    if torch.version.hip is not None or torch.cuda.get_device_capability(g.device)[0] != ARCHITECTURE:
+    if not (xa.is_contiguous() and b.is_contiguous() and g.stride(1) == 1):
         return False
-    if not (xa.is_contiguous() and b.is_contiguous() and g.stride(1) == 1 and _all_there_is(g, xa, places)):
-        return False
-    return max(place.columns.stop - place.columns.start for place in places) <= LARGEST_RANK
-
-
-def _all_there_is(g: torch.Tensor, xa: torch.Tensor, places: Sequence[Place]) -> bool:
-    """Whether the adapters' rows follow one another and are those of y, and their columns those of x Aᵀ."""
-    for parts, size in (([p.rows for p in places], g.shape[1]), ([p.columns for p in places], xa.shape[1])):
-        ends = [0, *(part.stop for part in parts)]
-        if ends[-1] != size or any(part.start != end for part, end in zip(parts, ends)):
-            return False
-    return True
+    return _layout(places).width <= LARGEST_RANK
 
 
 def gradients(
-    g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Sequence[Place]
+    g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places, scalings: Sequence[float]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """See :func:`fastplug.ops.adapter_gradients.reference.gradients`; of tensors that :func:`suits` takes."""
-    (tokens, channels), rank = g.shape, xa.shape[1]
-    rows, columns = ([0, *(part.stop for part in parts)] for parts in zip(*[(p.rows, p.columns) for p in places]))
-    ranks = [end - start for start, end in itertools.pairwise(columns)]
-    strips = [0, *itertools.accumulate(triton.cdiv(end - start, CHANNELS) for start, end in itertools.pairwise(rows))]
-    programs, R = triton.cdiv(tokens, TOKENS * BLOCKS), max(16, power_of_2(max(ranks)))
-    gb_parts = torch.empty(strips[-1], tokens, R, dtype=torch.float32, device=g.device)
-    b_parts = torch.empty(programs, channels, R, dtype=torch.float32, device=g.device)
-    gb, of_b = torch.empty_like(xa), torch.empty(channels, R, dtype=torch.float32, device=g.device)
-    unit, rank_unit = stride_unit(g.stride(0), *rows), stride_unit(*columns)
-    (strip1, strip2), (row1, row2), (column1, column2) = (_second_and_third(each) for each in (strips, rows, columns))
-    scalings = [*(place.scaling for place in places), 1.0, 1.0][:MOST]
-    of_gb = triton.cdiv(tokens * R, SUM_BLOCK)
+    (tokens, channels), rank, device = g.shape, xa.shape[1], g.device
+    ranks, R, rank_unit, (*_, strips), (strip1, strip2, row1, row2, column1, column2) = _layout(places)
+    programs = triton.cdiv(tokens, TOKENS * BLOCKS)
+    gb_parts = torch.empty(strips, tokens, R, dtype=torch.float32, device=device)
+    b_parts = torch.empty(programs, channels, R, dtype=torch.float32, device=device)
+    gb, of_b = torch.empty_like(xa), torch.empty(channels, R, dtype=torch.float32, device=device)
+    unit, of_gb = stride_unit(g.stride(0), *places.rows), triton.cdiv(tokens * R, SUM_BLOCK)
     with on_device(g):
-        launched(_products_kernel, (programs * strips[-1],))(
-            g, xa, b, gb_parts, b_parts, g.stride(0) // unit, tokens, channels // unit, rank // rank_unit, strips[-1],
+        launched(_products_kernel, (programs * strips,))(
+            g, xa, b, gb_parts, b_parts, g.stride(0) // unit, tokens, channels // unit, rank // rank_unit, strips,
             strip1, strip2, row1 // unit, row2 // unit, column1 // rank_unit, column2 // rank_unit, UNIT=unit,
             RANK_UNIT=rank_unit, R=R, TOKENS=TOKENS, CHANNELS=CHANNELS, BLOCKS=BLOCKS, STAGES=STAGES, num_warps=WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip
-        launched(_sum_kernel, (of_gb * len(places) + triton.cdiv(channels * R, SUM_BLOCK),))(
-            gb_parts, b_parts, gb, of_b, tokens, channels, rank, strips[-1], programs, strip1, strip2, column1,
-            column2, *scalings, of_gb, COUNT=len(places), R=R, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=4,
+        launched(_sum_kernel, (of_gb * len(ranks) + triton.cdiv(channels * R, SUM_BLOCK),))(
+            gb_parts, b_parts, gb, of_b, tokens, channels, rank, strips, programs, strip1, strip2, column1, column2,
+            *[*scalings, 1.0, 1.0][:MOST], of_gb, COUNT=len(ranks), R=R, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-    return gb, tuple(of_b[place.rows, :rank] for place, rank in zip(places, ranks))
+    return gb, tuple(of_b[start:end, :its] for (start, end), its in zip(itertools.pairwise(places.rows), ranks))

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 
-class Place(NamedTuple):
-    """Of an adapter: its rows of y, its columns of x Aᵀ, and its factor s."""
+class Places(NamedTuple):
+    """Where adapters are that follow one another: i has rows[i] to rows[i + 1] of y, and likewise columns of x Aᵀ."""
 
-    rows: slice
-    columns: slice
-    scaling: float
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
 
 
-def suits(g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Sequence[Place]) -> bool:
+def suits(g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places) -> bool:
     """Whether one pass is faster here than a product each: never in plain PyTorch."""
     return False
 
 
 def gradients(
-    g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Sequence[Place]
+    g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places, scalings: Sequence[float]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """s · g B [tokens, rank] in g's dtype and the gradient of each adapter's B [its rows, its rank] in fp32 or wider.
 
@@ -30,12 +30,13 @@ def gradients(
         g: The gradient of y [tokens, out_features], rows may be strided.
         xa: s · x Aᵀ of all adapters [tokens, rank], contiguous.
         b: Their B, block-diagonal [out_features, rank], contiguous.
-        places: Of each adapter. Every column belongs to one of them.
+        places: Of all rows and columns.
+        scalings: The factor s of each adapter.
     """
     gb, wide = torch.empty_like(xa), torch.promote_types(g.dtype, torch.float32)
     found = []
-    for rows, columns, scaling in places:
-        part = g[:, rows]
-        gb[:, columns] = scaling * (part.to(wide) @ b[rows, columns].to(wide))
-        found.append(part.to(wide).t() @ xa[:, columns].to(wide))
+    for (row, end), (column, last), scaling in zip(pairwise(places.rows), pairwise(places.columns), scalings):
+        part = g[:, row:end].to(wide)
+        gb[:, column:last] = scaling * (part @ b[row:end, column:last].to(wide))
+        found.append(part.t() @ xa[:, column:last].to(wide))
     return gb, tuple(found)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastplug.ops.adapter_gradients.reference import Place
+from fastplug.ops.adapter_gradients.reference import Places
 from fastplug.ops.lora.matmul import drop, joins, mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
@@ -45,6 +45,9 @@ class Adapters:
         scalings = {block.projection.scaling for block in self.blocks}
         self.scaling = scalings.pop() if len(scalings) == 1 else None  # None: one per projection
         self._index = {id(p): i * PER_PROJECTION for i, p in enumerate(projections)}
+        self._places = Places(
+            (0, *(block.rows.stop for block in self.blocks)), (0, *(block.columns.stop for block in self.blocks))
+        )
 
     # --- matrices -------------------------------------------------------------------------------------------------
 
@@ -119,16 +122,14 @@ class Adapters:
         asked for, all of them; ``needs`` is as of :meth:`Group.parameter_gradients`."""
         if kept.b is None:
             return None
-        places = [Place(rows, columns, p.scaling) for p, rows, columns in self.blocks]
-        if kept.xa is not None and len(kept.xa) == len(g) and all(needs[i + 3] for i in self._places()):
+        if len(self.blocks) == self.count and kept.xa is not None and len(kept.xa) == len(g):
             one = self.ops.adapter_gradients
-            if one.suits(g, kept.xa, kept.b, places):
-                return FromOutput(*one.gradients(g, kept.xa, kept.b, places))
+            if all(needs[3 : PER_PROJECTION * self.count : PER_PROJECTION]) and one.suits(
+                g, kept.xa, kept.b, self._places
+            ):
+                scalings = [block.projection.scaling for block in self.blocks]
+                return FromOutput(*one.gradients(g, kept.xa, kept.b, self._places, scalings))
         return FromOutput(self.scaled_gb(g, kept))
-
-    def _places(self) -> list[int]:
-        """Where the tensors of each adapted projection begin among the group's."""
-        return [self._index[id(p)] for p, _, _ in self.blocks]
 
     def scaled_gb(self, g: torch.Tensor, kept: Kept) -> torch.Tensor:
         """scaling · g B [tokens, rank] for g [tokens, out_features]."""
@@ -165,7 +166,8 @@ class Adapters:
         """Fill in the gradients of A and B; see :meth:`Group.parameter_gradients`."""
         gb = known.gb
         shared: torch.Tensor | None = None  # the gradients of all A, in one product, where nothing was dropped
-        for j, ((p, rows, columns), mask, i) in enumerate(zip(self.blocks, kept.masks, self._places())):
+        for j, ((p, rows, columns), mask) in enumerate(zip(self.blocks, kept.masks)):
+            i = self._index[id(p)]
             assert p.a is not None
             assert p.b is not None
             assert kept.xa is not None
