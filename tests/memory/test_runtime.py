@@ -109,7 +109,8 @@ def test_auto_takes_what_is_free_and_leaves_headroom() -> None:
     assert device.limits == [20 * MiB - device.context()]  # an evaluation may use the headroom
 
 
-def test_a_budget_below_the_weights_is_refused_before_anything_is_patched() -> None:
+def test_a_budget_below_the_weights_is_refused_before_anything_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # else the model may still be moved to a GPU
     model = make()
     with pytest.raises(
         OptionError, match=r"memory='100KiB' is 100\.00 KiB, and the weights of LlamaForCausalLM alone take 0\.77 MiB"
