@@ -32,6 +32,7 @@ FORWARDS = 3  # observed of each shape, after the first: that one compiles and w
 # high, so that layers were computed again that there was room for.
 ALIKE = {False: 1.1, True: 1.25}
 NEAR = 0.05  # a ratio that moves by less says the same
+COPY_NEAR = 0.1  # likewise of copies to the host's memory
 HOST_NEAR = 0.25  # of the host's free memory: what data loaders and other processes take comes and goes
 
 
@@ -89,7 +90,7 @@ class Agreed:
             return True
         if abs(self.host - other.host) > max(room, HOST_NEAR * other.host):
             return True
-        if abs(self.slack - other.slack) > 0.005:
+        if abs(self.slack - other.slack) > 0.005 or abs(self.copy / other.copy - 1) > COPY_NEAR:
             return True
         for mine, theirs in ((self.ms, other.ms), (self.saved, other.saved)):
             if mine.keys() != theirs.keys() or any(abs(mine[p] / theirs[p] - 1) > NEAR for p in mine):

@@ -11,9 +11,12 @@ made to wait for the copy's event, and pieces of host memory are used again by l
 
 from __future__ import annotations
 
+import statistics
 import weakref
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +29,9 @@ MOST_HOLES = 1.25
 # A view goes with the whole memory it looks into if that is no more than this factor larger: q, k and v lie in one
 # buffer and are saved one by one.
 LARGEST_WHOLE = 2
+TIMED, ENOUGH = 256, 8  # copies that wait for the device to have timed them, and those that tell how fast they are
+LATEST = 64  # copies of a direction that count
+TIMED_SIZE = 2 * PIECE  # bytes of those that are timed: the latency of small ones would be most of it
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -146,16 +152,31 @@ class Group:
                 handle.on_device = None
 
 
+class Timed(NamedTuple):
+    """A copy between two events: its direction and bytes."""
+
+    out: bool
+    size: int
+    begun: torch.cuda.Event
+    done: torch.cuda.Event
+
+
 class Offloader:
     """Moves tensors of one device to the host and back.
 
     Args:
         device: On a CUDA device the host's memory is pinned and copies run beside the computation; elsewhere they are
             plain copies.
+
+    Attributes:
+        timing: Whether copies are timed, for :meth:`rate`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.timing = False
+        self._timed: deque[Timed] = deque(maxlen=TIMED)
+        self._rates: dict[bool, deque[float]] = {out: deque(maxlen=LATEST) for out in (True, False)}
         self.pool = HostPool(pinned=device.type == "cuda")
         self._stream: torch.cuda.Stream | None = None
         self._groups: list[weakref.ref[Group]] = []
@@ -227,6 +248,18 @@ class Offloader:
         if away:
             self._copy(away, out=False)
 
+    def rate(self) -> float | None:
+        """10^9 bytes a second of the timed copies that are done, in the slower direction; None while there are few.
+
+        Beside the computation, and beside whatever else uses the bus and the host's memory, that is less than what a
+        copy reaches alone. Does not wait.
+        """
+        while self._timed and self._timed[0].done.query():
+            out, size, begun, done = self._timed.popleft()
+            self._rates[out].append(size / (1e6 * max(begun.elapsed_time(done), 1e-6)))
+        medians = [statistics.median(found) for found in self._rates.values() if len(found) >= ENOUGH]
+        return min(medians, default=None)
+
     def wait(self, handle: Handle) -> None:
         """Let the computing stream wait for the latest copy of a handle."""
         if handle.event is not None:
@@ -243,8 +276,12 @@ class Offloader:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for handle in handles:
+                timed = self.timing and handle.size >= TIMED_SIZE
+                begun = self._stream.record_event(torch.cuda.Event(enable_timing=True)) if timed else None
                 handle.copy(out)
-                handle.event = self._stream.record_event()
+                handle.event = self._stream.record_event(torch.cuda.Event(enable_timing=timed))
+                if begun is not None:
+                    self._timed.append(Timed(out, handle.size, begun, handle.event))
 
     def _alive(self) -> list[Group]:
         groups = [reference() for reference in self._groups]

@@ -170,6 +170,8 @@ class Planner:
             held = sum(self.recordings.held().values())
             if x.is_cuda:  # on a CPU nobody counts what is decoded
                 held += sum(kept.held for kept in self._weights)
+            rates = [rate for rate in (offloader.rate() for offloader in self._offloaders()) if rate is not None]
+            stock.copy = self._reading.copy_ratio(min(rates)) if rates else stock.copy
             local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
             self._reading.in_backward = stock.states.in_backward
             agreed = of_all(local, x.device, group)
@@ -189,6 +191,9 @@ class Planner:
         other = self._without_copies(plan) if compares else None
         self.plan = plan = other or plan
         stock.calibration.follow(plan, instead=other is not None)
+        tells = stock.calibration.watching or agreement.due(self._forwards + 1)
+        for offloader in self._offloaders():
+            offloader.timing = tells or offloader.rate() is None
         self._limit_weights(plan.parts.get(DECODED, 0))
         stock.predicted = max(stock.predicted, plan.allocated)
         if plan.total >= TIGHT * plan.budget:

@@ -146,7 +146,11 @@ class Reading:
     def copies(self, device: torch.device) -> float:
         """Measured over assumed milliseconds of copies to the host's memory. Waits for the device."""
         measured = copy_rate(device)
-        return 1.0 if measured is None else self._gpu.host / measured
+        return 1.0 if measured is None else self.copy_ratio(measured)
+
+    def copy_ratio(self, rate: float) -> float:
+        """Measured over assumed milliseconds of copies that reach a rate, in 10^9 bytes a second."""
+        return self._gpu.host / rate
 
 
 def _share(parameters: Iterable[Any]) -> float:

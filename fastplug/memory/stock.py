@@ -39,6 +39,9 @@ class Stock:
         trained: The parameters that get gradients.
         optimizers: What trains them.
         copy: Measured over assumed milliseconds of copies to the host's memory.
+
+    Attributes:
+        copy: Likewise, as it is now.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Stock:
         optimizers: Optimizers,
         copy: float = 1.0,
     ) -> None:
-        self.options, self.meter, self.room, self._copy = options, meter, room, copy
+        self.options, self.meter, self.room, self.copy = options, meter, room, copy
         self.calibration = Calibration(meter)
         self.lowered = 0  # bytes by which plans are made smaller since memory ran out
         self.predicted = 0  # the highest allocation that the plans since the last agreement foretold
@@ -96,7 +99,7 @@ class Stock:
             host=self._host(pinned),
             accumulating=gradients > 0 or (known is not None and known.accumulating),
             live=max(waiting + 1, 1 if known is None else known.live),
-            copy=self._copy,
+            copy=self.copy,
             copies=not self.calibration.steps.slower_with_copies(),
             caution=int(YOUNG_SHARE * available) if young and not self.lowered else 0,
             assumed=0 if self.states.certain else self._to_come,

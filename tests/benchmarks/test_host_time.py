@@ -20,9 +20,9 @@ def launches(layers: int, checkpointed: bool = False) -> int:
 
 def test_launches_of_a_layer(device: object) -> None:
     """Thirteen forward: two norms, RoPE, the gated unit, four groups of weights decoded and four of adapters stacked,
-    and the share of the last one's adapter. Fourteen backward, of which six are for the adapters of q, k and v together,
-    of the output projection and of down. Checkpointed, all but the unit, the last group's weights and that share a
-    second time, gate and up no third time, and once the gradient of the first layer's input."""
+    and the share of the last one's adapter. Fourteen backward, of which six are for the adapters of q, k and v
+    together, of the output projection and of down. Checkpointed, all but the unit, the last group's weights and that
+    share a second time, gate and up no third time, and once the gradient of the first layer's input."""
     if str(device) != "cpu":
         pytest.skip("counts what is not launched")
     one, two = launches(1), launches(2)

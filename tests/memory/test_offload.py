@@ -11,7 +11,7 @@ import torch
 from fastplug.errors import HostMemoryError
 from fastplug.memory import host_memory, offload
 from fastplug.memory.host_memory import PIECE, HostPool, available, check_host_memory
-from fastplug.memory.offload import Offloader, Packed
+from fastplug.memory.offload import ENOUGH, Offloader, Packed, Timed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool)
 
@@ -119,6 +119,58 @@ def test_pinned_where_copies_run_beside_the_computation(device: torch.device) ->
     (piece,) = mover.pool.take(1)
     assert piece.is_pinned() == (device.type == "cuda")
     assert len(piece) == PIECE
+
+
+class Event:
+    """A moment in milliseconds, which the device has passed or not."""
+
+    def __init__(self, at: float, passed: bool = True) -> None:
+        self.at, self.passed = at, passed
+
+    def query(self) -> bool:
+        return self.passed
+
+    def elapsed_time(self, later: Event) -> float:
+        return later.at - self.at
+
+
+def timed(mover: Offloader, out: bool, rate: float, count: int = ENOUGH, passed: bool = True) -> None:
+    """Copies that reached ``rate``, in 10^9 bytes a second."""
+    size = 2**26
+    for _ in range(count):
+        mover._timed.append(Timed(out, size, Event(5.0), Event(5.0 + size / (rate * 1e6), passed)))  # type: ignore[arg-type]
+
+
+def test_the_rate_of_copies_is_the_median_of_the_slower_direction() -> None:
+    mover = Offloader(torch.device("cpu"))
+    assert mover.rate() is None
+    timed(mover, True, 50.0, count=ENOUGH - 1)
+    assert mover.rate() is None
+    timed(mover, True, 50.0, count=2)
+    timed(mover, False, 30.0, count=ENOUGH - 1)
+    assert mover.rate() == pytest.approx(50.0)
+    timed(mover, False, 0.3, count=1)  # something else had the bus
+    assert mover.rate() == pytest.approx(30.0)
+    timed(mover, True, 10.0, count=40, passed=False)
+    assert mover.rate() == pytest.approx(30.0)
+
+
+@pytest.mark.gpu
+def test_copies_are_timed_when_asked(device: torch.device) -> None:
+    mover = Offloader(exactly(device))
+    for timing in (False, True):
+        mover.timing = timing
+        groups = [mover.group() for _ in range(ENOUGH)]
+        packed = [group.pack(torch.empty(2**26, dtype=torch.uint8, device=device)) for group in groups]
+        for group, kept in zip(reversed(groups), reversed(packed)):
+            group.unpack(kept)
+        torch.cuda.synchronize()
+        rate = mover.rate()
+        assert (rate is not None) == timing
+    alone = host_memory.copy_rate(exactly(device))
+    assert rate is not None
+    assert alone is not None
+    assert 0.2 * alone < rate < 1.5 * alone
 
 
 def test_too_little_host_memory_is_said_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,28 @@ def test_layers_copy_to_the_host_unless_they_are_faster_without(monkeypatch: pyt
         same_bits(found[0], other)
 
 
+def test_copies_that_are_slower_than_alone_are_planned_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they reach beside the computation, in the steps that are observed."""
+    model, planner, device = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
+    device.clock = 5.0
+    timing = []
+    for _ in range(8):
+        gradients(model, BATCH)
+        timing += [offloader.timing for offloader in planner._offloaders()]
+    assert planner.plan is not None
+    assert planner.agreed is not None
+    assert planner.plan.host_bytes
+    assert planner.agreed.copy == 1.0
+    assert timing == [False, *[True] * 4]  # from the fourth step on; on a CPU it stays unknown
+    monkeypatch.setattr(offload.Offloader, "rate", lambda self: planner._reading._gpu.host / 5.0)
+    timing.clear()
+    for _ in range(8):
+        gradients(model, BATCH)
+        timing += [offloader.timing for offloader in planner._offloaders()]
+    assert planner.agreed.copy == pytest.approx(5.0)
+    assert timing == [*[False] * 6, True, False]  # before an agreement
+
+
 def test_layers_copy_all_the_same_where_nothing_fits_without() -> None:
     model, planner, _ = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
     gradients(model, BATCH)
