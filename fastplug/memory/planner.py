@@ -30,6 +30,7 @@ from fastplug.patching.report import Report
 from fastplug.patching.sites import KEY, Site
 
 logger = logging.getLogger("fastplug")
+GROWN = 1.01  # of what the plan before allocated, from which on its blocks are in the way
 TIGHT = 0.9  # of its budget that a plan needs for scattered free memory to matter
 COMPILED = (
     "under torch.compile nothing is planned and no budget is kept to, since the compiler decides itself what layers "
@@ -162,31 +163,41 @@ class Planner:
         news = stock.stepped() and self.agreed is not None and self.agreed.assumed > 0
         news |= self._urgent or (self.agreed is not None and waiting >= self.agreed.live)
         if self.agreed is None or (not self.pinned and (due or (news and group is None))):
-            if self._urgent:
-                self.recordings.forget()
-            elif due:
-                stock.lowered //= 2  # what was missing may be there again
-            self._urgent = False
-            held = sum(self.recordings.held().values())
-            if x.is_cuda:  # on a CPU nobody counts what is decoded
-                held += sum(kept.held for kept in self._weights)
-            rates = [rate for rate in (offloader.rate() for offloader in self._offloaders()) if rate is not None]
-            stock.copy = self._reading.copy_ratio(min(rates)) if rates else stock.copy
-            local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
-            self._reading.in_backward = stock.states.in_backward
-            agreed = of_all(local, x.device, group)
-            if self.agreed is None or agreed.differs(self.agreed):
-                self.agreed = agreed
-                self._followed.update(self.plans)
-                self.plans.clear()
-                self._others.clear()
-                renewed = True
+            renewed = self._take_stock(stock, x, waiting, group, due)
         if due:
             self._limit(stock.meter)
         before = self._followed.get(shape)
         plan = self._plan_for(shape, alone=group is None)
-        if renewed and (urgent or before is None or not before.alike(plan)):
+        less = before is not None and before.alike(plan) and plan.allocated <= GROWN * before.allocated
+        if renewed and (urgent or not less):
             self._release()  # blocks of the sizes that the last plans needed; to get them again takes most of a second
+        self._follow(stock, plan)
+
+    def _take_stock(self, stock: Stock, x: torch.Tensor, waiting: int, group: Any, due: bool) -> bool:
+        """Agree on the present numbers; whether plans are to be made anew of them."""
+        if self._urgent:
+            self.recordings.forget()
+        elif due:
+            stock.lowered //= 2  # what was missing may be there again
+        self._urgent = False
+        held = sum(self.recordings.held().values())
+        if x.is_cuda:  # on a CPU nobody counts what is decoded
+            held += sum(kept.held for kept in self._weights)
+        rates = [rate for rate in (offloader.rate() for offloader in self._offloaders()) if rate is not None]
+        stock.copy = self._reading.copy_ratio(min(rates)) if rates else stock.copy
+        local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
+        self._reading.in_backward = stock.states.in_backward
+        agreed = of_all(local, x.device, group)
+        if self.agreed is not None and not agreed.differs(self.agreed):
+            return False
+        self.agreed = agreed
+        self._followed.update(self.plans)
+        self.plans.clear()
+        self._others.clear()
+        return True
+
+    def _follow(self, stock: Stock, plan: Plan) -> None:
+        """The present forward follows this plan, or one without copies to compare it with."""
         compares = plan.host_bytes > 0 and stock.calibration.compares() and not self.pinned
         other = self._without_copies(plan) if compares else None
         self.plan = plan = other or plan

@@ -252,6 +252,25 @@ def test_copies_that_are_slower_than_alone_are_planned_as_such(monkeypatch: pyte
     assert timing == [*[False] * 6, True, False]  # before an agreement
 
 
+def test_cached_blocks_go_where_layers_keep_something_else() -> None:
+    model, planner, device = planned("auto")
+    for _ in range(7):
+        gradients(model, BATCH)
+    agreed, released, plan = planner.agreed, device.released, planner.plan
+    device.others = 8 * MiB
+    gradients(model, BATCH)
+    assert planner.agreed != agreed  # there is less, and still enough
+    assert plan is not None
+    assert planner.plan is not None
+    assert planner.plan.policies == plan.policies
+    assert device.released == released
+    device.others = 59 * MiB
+    for _ in range(8):
+        gradients(model, BATCH)
+    assert planner.plan.policies != plan.policies
+    assert device.released > released
+
+
 def test_layers_copy_all_the_same_where_nothing_fits_without() -> None:
     model, planner, _ = planned("2300KiB", models.lora(models.plain(num_hidden_layers=LAYERS)))
     gradients(model, BATCH)
