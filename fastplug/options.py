@@ -41,7 +41,9 @@ class Options:
         base_weights: Of a quantized base: ``"decoded"`` decodes its weights for each product; ``"kept"`` decodes them
             once and keeps them in the compute dtype beside their own format, which takes as many bytes as a 16-bit
             base; ``"auto"`` keeps weights while half of the device's memory stays free, under ``memory`` as many as
-            the plan leaves room for. None is ``"auto"`` under a budget of ``memory``, else ``"decoded"``.
+            the plan leaves room for; ``"once"`` keeps what a backward has decoded until the next forward, in the memory
+            that activations have left, and does what ``"auto"`` does under ``memory``. None is ``"auto"`` under a
+            budget of ``memory``, else ``"decoded"``.
         memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what
             is free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted
             as reserved memory plus the CUDA context. ``"keep"`` lets every layer keep all it can use, ``"full"`` has it
@@ -62,7 +64,7 @@ class Options:
     compute: Literal["exact", "fp8_backward", "fp8"] = "exact"
     exact: tuple[str, ...] = ()
     fp8_weights: Literal["auto", "kept", "decoded"] = "auto"
-    base_weights: Literal["auto", "kept", "decoded"] | None = None
+    base_weights: Literal["auto", "kept", "decoded", "once"] | None = None
     memory: str | float | None = None
     headroom: str | float | None = None
     memory_plan: str | None = None
@@ -86,7 +88,7 @@ class Options:
         _require_one_of("residual_dtype", self.residual_dtype, ("bfloat16", "float16", "float32", None))
         _require_one_of("compute", self.compute, ("exact", "fp8_backward", "fp8"))
         _require_one_of("fp8_weights", self.fp8_weights, ("auto", "kept", "decoded"))
-        _require_one_of("base_weights", self.base_weights, ("auto", "kept", "decoded", None))
+        _require_one_of("base_weights", self.base_weights, ("auto", "kept", "decoded", "once", None))
         if self.exact and self.compute == "exact":
             raise OptionError(
                 "fastplug: exact names what stays exact under compute='fp8' or 'fp8_backward'; set compute"

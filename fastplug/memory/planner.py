@@ -67,7 +67,7 @@ class Planner:
         self.recordings = Recordings(self._by_layer)
         self._others: dict[Shape, Plan | None] = {}  # without copies, to compare plans with
         self._beside: dict[Shape, int] = {}  # bytes that recordings of other shapes held when a plan was made
-        self._weights: set[Any] = set()  # decoded ones, of which the plans say how many are kept
+        self._weights: set[Any] = set()  # decoded ones; of those with a limit the plans say how many are kept
         self.meter: Meter | None = None
         self.stock: Stock | None = None
         self._model = weakref.ref(model)
@@ -104,7 +104,7 @@ class Planner:
 
     def spare(self) -> int:
         """Let go of what is only kept because there was room, until the next training step; the bytes of it."""
-        return self._limit_weights(0)
+        return self._limit_weights(0) + sum(kept.let_go() for kept in self._weights)
 
     def observe(self, index: int) -> Observation | None:
         """Measure the layer whose forward begins now, if this is a forward to measure."""
@@ -182,7 +182,7 @@ class Planner:
         self._urgent = False
         held = sum(self.recordings.held().values())
         if x.is_cuda:  # on a CPU nobody counts what is decoded
-            held += sum(kept.held for kept in self._weights)
+            held += sum(kept.handed + (0 if kept.limit is None else kept.held) for kept in self._weights)
         rates = [rate for rate in (offloader.rate() for offloader in self._offloaders()) if rate is not None]
         stock.copy = self._reading.copy_ratio(min(rates)) if rates else stock.copy
         local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
@@ -273,8 +273,7 @@ class Planner:
         copies = self._reading.copies(device) if self.options.memory not in FORCED else 1.0
         self.stock = Stock(self.options, self.meter, self.room, trained, Optimizers(trained, device), copies)
         self.recordings.possible = possible(self.options.graphs, device)
-        weights = {binding.runtime.weights for binding in self._bindings()} - {None}
-        self._weights = {kept for kept in weights if kept.limit is not None}
+        self._weights = {binding.runtime.weights for binding in self._bindings()} - {None}
         return self.stock
 
     def _limit(self, meter: Meter) -> None:
@@ -318,7 +317,7 @@ class Planner:
 
     def _limit_weights(self, size: int) -> int:
         """Keep so many bytes of decoded weights; returns those that went."""
-        return sum(kept.limit_to(size) for kept in self._weights)
+        return sum(kept.limit_to(size) for kept in self._weights if kept.limit is not None)
 
     def _pinned_bytes(self) -> int:
         """Bytes of host memory that are held for offloading."""

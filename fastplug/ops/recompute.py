@@ -104,6 +104,11 @@ def checkpointing() -> str:
     return "checkpointed" if first else "hooks"
 
 
+def graph_goes() -> bool:
+    """Whether the backward that runs is the last one of its graph, so that what its nodes hold goes with them."""
+    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def recomputing() -> bool:
     """Whether gradient checkpointing is computing a region again."""
     return _recomputation() is not None

@@ -7,7 +7,7 @@ from fastplug.ops.lora.kept_weights import KeptWeights
 from fastplug.options import Options
 from fastplug.patching.sites import Runtime
 
-KEEP = {"kept": True, "decoded": False, "auto": None}
+KEEP = {"kept": True, "decoded": False, "auto": None, "once": False}
 
 
 def keeping(choice: str, options: Options) -> bool | None:
@@ -23,7 +23,7 @@ def chosen(options: Options) -> str:
 
 def planned(options: Options) -> bool:
     """Whether a memory plan says how many decoded weights of a quantized base stay."""
-    return chosen(options) == "auto" and _budget(options) and options.compute == "exact"
+    return chosen(options) in ("auto", "once") and _budget(options) and options.compute == "exact"
 
 
 def _budget(options: Options) -> bool:
@@ -33,10 +33,14 @@ def _budget(options: Options) -> bool:
 def prepare(runtime: Runtime) -> str | None:
     """Set the runtime up for ``Options.base_weights``; returns what the report says about it, beside the plan's."""
     options = runtime.options
+    once = chosen(options) == "once" and options.graphs != "on"  # a recording takes nothing from the step before
     if planned(options):
-        runtime.weights = KeptWeights(True, limit=0)
+        runtime.weights = KeptWeights(True, limit=0, once=once)
         return None
     keep = keeping(chosen(options), options)
+    if once:
+        runtime.weights = KeptWeights(False, once=True)
+        return "quantized weights are decoded in a backward and kept for the next forward, where activations will be"
     if keep is False:
         return None
     runtime.weights = KeptWeights(keep)

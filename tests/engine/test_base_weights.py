@@ -143,8 +143,96 @@ def test_of_layers_that_are_computed_again_together_one_keeps_decoded_weights(de
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(mine, again, expected, strict=True))
 
 
+@pytest.fixture
+def long_batch(device):
+    """Whose activations are larger than a layer's weights."""
+    return {name: value.to(device) for name, value in models.batch(8, 64).items()}
+
+
+def handed(model) -> KeptWeights:
+    patched_one = next(module for module in model.modules() if "_fastplug" in module.__dict__)
+    return patched_one._fastplug.runtime.weights
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_decoded_once_a_step(device, long_batch, decoded, dora):
+    """Each forward finds what the backward before has decoded; DoRA scales its weights where they lie."""
+    model = (models.lora(models.quantized(models.plain()), use_dora=True) if dora else models.qlora()).to(device)
+    expected = step(patched(model), long_batch)
+    twin = patched(model, base_weights="once", graphs="off")
+    assert "kept for the next forward" in str(fastplug.report(twin))
+    decoded.clear()
+    same(step(twin, long_batch), expected)
+    first = decoded["decoded"]
+    for _ in range(2):
+        decoded.clear()
+        same(step(twin, long_batch), expected)
+        assert decoded["decoded"] == (first if dora else 7 * model.config.num_hidden_layers)
+    assert first > 7 * model.config.num_hidden_layers
+    assert (handed(twin).handed > 0) != dora
+    with torch.no_grad():
+        twin(**long_batch)
+    assert handed(twin).handed == 0  # an evaluation takes it, too
+
+
+def test_nothing_stays_for_the_next_forward_where_it_would_be_the_peak(device, batch, long_batch):
+    model = models.qlora().to(device)
+    twin = patched(model, base_weights="once", graphs="off").train()
+    step(twin, batch)  # activations are smaller than weights
+    assert handed(twin).handed == 0
+    loss = twin(**long_batch).loss
+    loss.backward(retain_graph=True)  # they stay
+    assert handed(twin).handed == 0
+    loss.backward()
+    assert handed(twin).handed > 0
+    before = handed(twin).handed
+    assert handed(twin).let_go() == before
+    assert handed(twin).handed == 0
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    checkpointed = patched(model, base_weights="once", graphs="off")
+    step(checkpointed, long_batch)
+    assert handed(checkpointed).handed == 0
+
+
+@pytest.mark.parametrize("memory", ["keep", "64MiB"])
+def test_decoded_once_a_step_under_a_plan(device, long_batch, decoded, memory):
+    model = models.qlora().to(device)
+    expected = step(patched(model), long_batch)
+    twin = patched(model, base_weights="once", memory=memory, graphs="off")
+    for _ in range(3):
+        decoded.clear()
+        same(step(twin, long_batch), expected)
+    assert "64MiB" in memory or handed(twin).handed > 0
+    assert handed(twin).once
+
+
+def test_what_was_handed_on_is_of_the_weights_as_they_are():
+    kept, owner, device = KeptWeights(False, once=True), Owner(), torch.device("cpu")
+
+    def get(address: int, late: bool) -> tuple[object, bool]:
+        return kept.get([owner], "form", lambda: [(address, 0)], object, device, late)
+
+    first, stays = get(0, late=True)
+    assert stays
+    found, stays = get(0, late=False)
+    assert found is first
+    assert not stays
+    assert get(0, late=False)[0] is not first
+    get(0, late=True)
+    for address in range(1, RENEWALS + 2):  # weights that move all the time
+        found, stays = get(address, late=True)
+        assert stays == (address < RENEWALS)
+    assert not kept._handed
+    other = Owner()
+    kept.get([other], "form", list, object, device, late=True)
+    assert len(kept._handed) == 1
+    kept.forget([other])
+    assert not kept._handed
+
+
 def test_bad_input():
-    with pytest.raises(OptionError, match="base_weights cannot be 'always'; one of 'auto', 'kept', 'decoded'"):
+    with pytest.raises(OptionError, match="base_weights cannot be 'always'; one of 'auto', 'kept', 'decoded', 'once'"):
         fastplug.Options(base_weights="always")  # type: ignore[arg-type]
 
 

@@ -115,6 +115,7 @@ def one_pass(
     kept: tuple[Kept, Kept],
     needs_down: Sequence[bool],
     out: torch.Tensor,
+    hands_on: bool,
 ) -> UnitGradients | None:
     """All of it in one pass over gate, up and down's gradient, or None where the device cannot after all.
 
@@ -125,11 +126,12 @@ def one_pass(
         kept: Of both groups.
         needs_down: Which of down's tensors need a gradient.
         out: Where the gradient of gate and up goes, may be ``gate_up``.
+        hands_on: As of :func:`fastplug.ops.lora.gated_mlp_rows.backward`.
     """
     adapted, found = operands(spec, *kept), spec.down.adapted.from_output(g, kept[1], needs_down)
     assert adapted is not None
     assert found is not None
-    d_hidden = spec.down.dx(g, None, Kept())
+    d_hidden = spec.down.dx(g, None, Kept(), hands_on)
     thin = spec.down.ops.adapted_glu.backward(d_hidden, found.gb, gate_up, adapted, spec.activation, out)
     if thin is None:
         return None

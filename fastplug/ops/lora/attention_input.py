@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastplug.ops.lora.group import Group, Kept, Normed
+from fastplug.ops.recompute import graph_goes
 from fastplug.ops.rows import copy_rows
 
 
@@ -148,7 +149,7 @@ class AttentionInputFunction(torch.autograd.Function):
                 interleaved=spec.interleaved,
                 **spec.qk_norm.kwargs(),
             )
-        ctx.spec = spec
+        ctx.spec, ctx.hands_on = spec, group.may_hand_on(x.numel() + qkv.numel())
         ctx.save_for_backward(x, rstd, cos, sin, norm_weight, q_weight, k_weight, raw_q, raw_k, *kept.tensors())
         ctx.set_materialize_grads(False)
         heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -196,7 +197,8 @@ class AttentionInputFunction(torch.autograd.Function):
                 weight_grad=needs[5] or needs[6],
                 **spec.qk_norm.kwargs(),
             )
-        d_normed, found = group.input_gradient(dqkv, kept, needs[1] or needs[4], needs[7:])
+        hands_on = ctx.hands_on and graph_goes()
+        d_normed, found = group.input_gradient(dqkv, kept, needs[1] or needs[4], needs[7:], hands_on)
         entered = projections_input(spec.norm, group, rows, rstd, norm_weight, needs[7:])
         grads = group.parameter_gradients(dqkv, found, entered, kept, needs[7:])
         del entered

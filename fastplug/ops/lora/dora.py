@@ -228,7 +228,7 @@ class DoraGroup(Group):
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool]
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool], hands_on: bool = False
     ) -> tuple[torch.Tensor | None, FromOutput | None]:
         scale = _row(kept, 0)
         assert kept.b is not None

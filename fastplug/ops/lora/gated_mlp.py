@@ -21,7 +21,7 @@ from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp_rows import backward, normalized
 from fastplug.ops.lora.gated_mlp_tiles import backward_in_tiles, forward_in_tiles
 from fastplug.ops.lora.group import Group, Kept
-from fastplug.ops.recompute import handover, nodes_stay, tensors_left
+from fastplug.ops.recompute import graph_goes, handover, nodes_stay, tensors_left
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class GatedMLPFunction(torch.autograd.Function):
         ctx.counts, ctx.base_only = (len(kept.base), len(kept.tensors())), unit.adapted is not None
         ctx.down_xa = hands.take() if hands is not None and hands.takes else None
         ctx.save_for_backward(*saved)
+        ctx.hands_on = spec.keep_gate_up and spec.gate_up.may_hand_on(h.numel() + gate_up.numel(), spec.down)
         if (spec.joined or spec.norm is None) and tensors_left() == sum(tensor is not None for tensor in saved):
             return torch.empty_like(h).view(x.shape)  # recomputed for what it saves: nobody reads the output
         if hidden is None:
@@ -166,12 +167,11 @@ class GatedMLPFunction(torch.autograd.Function):
             kept = (Kept.of(rest[:count])._replace(base=base), Kept.of(rest[count:]))
             if ctx.down_xa is not None:
                 kept = kept[0], kept[1]._replace(xa=ctx.down_xa)
-            compiling = torch.compiler.is_compiling()
-            last = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+            last = graph_goes()
             if last:
                 ctx.down_xa = None
             dx, d_norm_weight, grads = backward(
-                spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last, ctx.base_only
+                spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last, ctx.base_only, last and ctx.hands_on
             )
         dx = None if dx is None else dx.view(shape)
         d_residual = dx.to(residual_dtype) if dx is not None and needs[2] and residual_dtype is not None else None

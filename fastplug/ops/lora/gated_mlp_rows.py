@@ -38,6 +38,7 @@ def backward(
     needs: tuple[bool, ...],
     last: bool = False,
     base_only: bool = False,
+    hands_on: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, Grads]:
     """The gradients of x + residual [rows, hidden], of the norm's weight, and of all projections' tensors.
 
@@ -51,6 +52,7 @@ def backward(
         needs: Which arguments of the node need a gradient.
         last: Whether nobody reads gate_up any more: then its gradient is written over it.
         base_only: Whether gate_up is without its adapters' share.
+        hands_on: Whether decoded weights may stay for the next forward.
     """
     ops, inner = spec.gate_up.ops, 4 + len(spec.gate_up.tensors())
     g = g.to(spec.gate_up.dtype)
@@ -63,20 +65,20 @@ def backward(
     found = None
     if base_only:
         out = gate_up if overwrite else torch.empty_like(gate_up)
-        found = one_pass(spec, g, gate_up, kept, needs[inner:], out)
+        found = one_pass(spec, g, gate_up, kept, needs[inner:], out, hands_on)
         if found is None:
             gate_up = gate_up if overwrite else gate_up.clone()
             spec.gate_up.add_output_share(gate_up, kept[0])
     gate_up_kept = spec.gate_up.knowing(kept[0], gate_up)
     if found is None:
-        found = _one_by_one(spec, g, gate_up, kept[1], needs[inner:], overwrite, late)
+        found = _one_by_one(spec, g, gate_up, kept[1], needs[inner:], overwrite, late, hands_on)
     del gate_up
 
     needs_dx, known = needs[1] or needs[2] or needs[3], found.from_gate_up
     if known is None:
-        d_normed, known = spec.gate_up.input_gradient(found.gate_up, gate_up_kept, needs_dx, needs[4:inner])
+        d_normed, known = spec.gate_up.input_gradient(found.gate_up, gate_up_kept, needs_dx, needs[4:inner], hands_on)
     else:
-        d_normed = spec.gate_up.dx(found.gate_up, known.gb, gate_up_kept) if needs_dx else None
+        d_normed = spec.gate_up.dx(found.gate_up, known.gb, gate_up_kept, hands_on) if needs_dx else None
     entered = projections_input(spec.norm, spec.gate_up, h, rstd, norm_weight, needs[4:inner])
     gate_up_grads = spec.gate_up.parameter_gradients(found.gate_up, known, entered, gate_up_kept, needs[4:inner])
     down_grads = found.down
@@ -97,6 +99,7 @@ def _one_by_one(
     needs: tuple[bool, ...],
     overwrite: bool,
     late: bool,
+    hands_on: bool,
 ) -> UnitGradients:
     """The gradients of gate and up, and of down's tensors, in a pass for each product.
 
@@ -106,9 +109,10 @@ def _one_by_one(
         needs: Which of down's tensors need a gradient.
         overwrite: Whether gate_up may be written over.
         late: Whether x Aᵀ of down is still to be made.
+        hands_on: As of :func:`backward`.
     """
     # The activation is needed by dA of down; it comes out of the pass that makes the gradients of gate and up.
-    hidden, known = spec.down.input_gradient(g, down_kept, True, needs)
+    hidden, known = spec.down.input_gradient(g, down_kept, True, needs, hands_on)
     assert hidden is not None
     compiling = torch.compiler.is_compiling()  # a custom op must not write what it reads there
     overwrite = overwrite and not compiling and not spec.gate_up.output_known

@@ -18,6 +18,7 @@ from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.kept_weights import KeptWeights, State
 from fastplug.ops.lora.matmul import joins, mm
 from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
+from fastplug.ops.recompute import checkpointing
 from fastplug.ops.table import OpTable
 
 if TYPE_CHECKING:
@@ -137,27 +138,37 @@ class Group:
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool]
+        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool], hands_on: bool = False
     ) -> tuple[torch.Tensor | None, FromOutput | None]:
         """The gradient of x (None if not wanted) for g [tokens, out_features], and what else follows from g.
 
-        ``needs`` as of :meth:`parameter_gradients`, which is to come.
+        ``needs`` as of :meth:`parameter_gradients`, which is to come; ``hands_on`` as of :meth:`dx`.
         """
         found = self.adapted.from_output(g, kept, needs)
-        return (self.dx(g, None if found is None else found.gb, kept) if needs_dx else None), found
+        return (self.dx(g, None if found is None else found.gb, kept, hands_on) if needs_dx else None), found
 
-    def dx(self, g: torch.Tensor, gb: torch.Tensor | None, kept: Kept) -> torch.Tensor:
-        """The gradient of x, given s · g B; with None for that, the base's alone."""
+    def dx(self, g: torch.Tensor, gb: torch.Tensor | None, kept: Kept, hands_on: bool = False) -> torch.Tensor:
+        """The gradient of x, given s · g B; with None for that, the base's alone.
+
+        ``hands_on``: whether decoded weights may stay for the next forward, see :meth:`may_hand_on`.
+        """
         if self.fp8 is not None:
             return self.fp8.input_gradient(self, g, gb, kept)
         dx = None if gb is None else self.adapted.dx(gb, kept)
         start = dx is not None
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
-        for weight, rows, _ in self._weights(kept.base):
+        for weight, rows, _ in self._weights(kept.base, hands_on):
             dx.addmm_(g[:, rows], weight, beta=1 if start else 0)
             start = True
         return dx
+
+    def may_hand_on(self, numbers: int, *others: Group) -> bool:
+        """Asked in a forward whose node keeps so many numbers: whether its backward, which frees them, may leave the
+        decoded weights of these groups to the next forward."""
+        if self.weights is None or not self.weights.once or torch.compiler.is_compiling():
+            return False
+        return checkpointing() == "nothing" and numbers >= sum(g.in_features * g.out_features for g in (self, *others))
 
     def add_input_share(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``dx`` in place."""
@@ -227,7 +238,7 @@ class Group:
 
     def decodes_each_time(self) -> bool:
         """Whether every weight has to be decoded for each product."""
-        if self.fp8 is not None or self.weights is not None:
+        if self.fp8 is not None or (self.weights is not None and self.weights.keep is not False):
             return False
         return not any(p.read().stored_densely for p in self.projections)
 
@@ -235,7 +246,7 @@ class Group:
         """What :attr:`Kept.base` holds, of a group that :meth:`decodes_each_time`."""
         return tuple(weight.matrix for weight in self._weights())
 
-    def _weights(self, base: tuple[torch.Tensor, ...] = ()) -> list[Weight]:
+    def _weights(self, base: tuple[torch.Tensor, ...] = (), hands_on: bool = False) -> list[Weight]:
         """The dense weights: one for all that had to be decoded together. Those of ``base`` are there already."""
         if base:
             ends = [*itertools.accumulate(len(matrix) for matrix in base)]
@@ -243,13 +254,13 @@ class Group:
         encoded = [p.read() for p in self.projections]
         device = encoded[0].tensors[0].device
         if any(not weight.stored_densely for weight in encoded) and joins(device):
-            matrix, own = self._kept(self.projections, encoded, partial(self.decoded, encoded))
+            matrix, own = self._kept(self.projections, encoded, partial(self.decoded, encoded), hands_on)
             return [Weight(matrix, slice(0, self.out_features), own)]
         parts, row = [], 0
         for p, weight in zip(self.projections, encoded):
             stored, own = weight.dense(self.dtype), False
             if stored is None:
-                stored, own = self._kept([p], [weight], partial(self._decode, weight))
+                stored, own = self._kept([p], [weight], partial(self._decode, weight), hands_on)
             parts.append(Weight(stored, slice(row, row + len(stored)), own))
             row += len(stored)
         return parts
@@ -260,13 +271,17 @@ class Group:
         return matrix
 
     def _kept(
-        self, projections: Sequence[Projection], encoded: Sequence[EncodedWeight], make: Callable[[], torch.Tensor]
+        self,
+        projections: Sequence[Projection],
+        encoded: Sequence[EncodedWeight],
+        make: Callable[[], torch.Tensor],
+        hands_on: bool,
     ) -> tuple[torch.Tensor, bool]:
         """Their decoded weight, kept or made, and whether it may be written over."""
         if self.weights is None:
             return make(), True
         owners, device = [p.owner for p in projections], encoded[0].tensors[0].device
-        matrix, kept = self.weights.get(owners, str(self.dtype), partial(_state, encoded), make, device)
+        matrix, kept = self.weights.get(owners, str(self.dtype), partial(_state, encoded), make, device, hands_on)
         return matrix, not kept
 
 

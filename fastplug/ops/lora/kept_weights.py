@@ -1,5 +1,8 @@
 """Forms of frozen weights that are kept from step to step, so that no product makes them anew.
 
+Or from a backward to the forward that comes next, where they take no more than the activations that went there: those
+of all layers together are there when no activations are, and each one goes when its layer has kept its own.
+
 A form is found by the modules that own the weights, and made again when a stored weight has moved or was written to.
 So nothing here outlives a merge or a load, and FSDP's weights, which move at each gathering, are soon not kept.
 """
@@ -32,6 +35,10 @@ class Entry(NamedTuple):
     form: Any
     size: int = 0
 
+    def holds(self, owners: Sequence[object], state: State) -> bool:
+        """Whether the form is still that of these weights as they are now."""
+        return self.state == state and all(ref() is owner for ref, owner in zip(self.owners, owners))
+
 
 @dataclass(eq=False)
 class KeptWeights:
@@ -40,13 +47,16 @@ class KeptWeights:
     Attributes:
         keep: True, False, or None for as long as half of the device's memory stays free.
         limit: Bytes that what is kept may take, if a plan says it: see :meth:`limit_to`.
-        held: Bytes that it takes.
+        once: Whether what is not kept is made once a step: the backward hands it to the next forward.
+        held: Bytes that what is kept takes.
     """
 
     keep: bool | None
     limit: int | None = None
+    once: bool = False
     held: int = 0
     _entries: dict[Hashable, Entry] = field(default_factory=dict)
+    _handed: dict[Hashable, Entry] = field(default_factory=dict)
     _renewals: Counter[Hashable] = field(default_factory=Counter)
 
     def get(
@@ -56,6 +66,7 @@ class KeptWeights:
         state: Callable[[], State],
         make: Callable[[], T],
         device: torch.device,
+        late: bool = False,
     ) -> tuple[T, bool]:
         """The form of that name, and whether it is kept, which means that nobody may write to it.
 
@@ -65,28 +76,50 @@ class KeptWeights:
             state: Tells where each stored weight lies and which version it is, see :meth:`Group.stored_state`.
             make: Makes it anew.
             device: Where it lies.
+            late: Whether this is a backward that frees at least as much as the form takes.
         """
-        if self.keep is False or torch.compiler.is_compiling() or any(owner is None for owner in owners):
-            return make(), False  # a compiler knows no addresses
-        if ahead.going():
-            return make(), False  # garbage
-        if self.limit is not None and recording(device):
-            return make(), False  # the next plan may let go of what is kept
+        if not (self.keep is not False or self.once) or any(owner is None for owner in owners):
+            return make(), False
+        if torch.compiler.is_compiling() or ahead.going():
+            return make(), False  # a compiler knows no addresses, and what is computed ahead is garbage
+        if (self.limit is not None or self.once) and recording(device):
+            return make(), False  # what is kept may go before the graph is replayed
         key, now = (name, *map(id, owners)), state()
         entry = self._entries.get(key)
         if entry is not None:
-            if entry.state == now and all(ref() is owner for ref, owner in zip(entry.owners, owners)):
+            if entry.holds(owners, now):
                 return entry.form, True
             del self._entries[key]
             self.held -= entry.size
             self._renewals[key] += 1
-        form = make()
+        handed = self._handed.pop(key, None)
+        if handed is not None and not handed.holds(owners, now):
+            handed = None
+            self._renewals[key] += 1
+        form = make() if handed is None else handed.form
         size = form.numel() * form.element_size() if isinstance(form, torch.Tensor) else 0
-        if self._renewals[key] >= RENEWALS or not self._room(device, size):
+        if self._renewals[key] >= RENEWALS:
             return form, False
-        self._entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form, size)
-        self.held += size
-        return form, True
+        entry = Entry([weakref.ref(owner) for owner in owners], now, form, size)
+        if self.keep is not False and self._room(device, size):
+            self._entries[key] = entry
+            self.held += size
+            return form, True
+        if late and self.once:
+            self._handed[key] = entry
+            return form, True
+        return form, False
+
+    @property
+    def handed(self) -> int:
+        """Bytes of what a backward has handed to the next forward."""
+        return sum(entry.size for entry in self._handed.values())
+
+    def let_go(self) -> int:
+        """Drop what was handed to the next forward; returns the bytes of it."""
+        size = self.handed
+        self._handed.clear()
+        return size
 
     def limit_to(self, size: int) -> int:
         """Keep no more than so many bytes from now on. What was kept last goes first; returns the bytes of that."""
@@ -98,8 +131,10 @@ class KeptWeights:
     def forget(self, modules: Iterable[object]) -> None:
         """Let go of what was made of the weights of these modules, whoever still holds this."""
         gone = set(map(id, modules))
-        for key in [key for key, entry in self._entries.items() if gone & {id(ref()) for ref in entry.owners}]:
-            self.held -= self._entries.pop(key).size
+        for entries in (self._entries, self._handed):
+            for key in [key for key, entry in entries.items() if gone & {id(ref()) for ref in entry.owners}]:
+                size = entries.pop(key).size
+                self.held -= size if entries is self._entries else 0
 
     def _room(self, device: torch.device, size: int) -> bool:
         if recording(device):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastplug.ops.lora.group import Group, Kept
+from fastplug.ops.recompute import graph_goes
 
 
 def lora_linear(group: Group, x: torch.Tensor) -> torch.Tensor:
@@ -24,7 +25,7 @@ class LoRALinear(torch.autograd.Function):
         rows = x.reshape(-1, group.in_features).to(group.dtype)
         out, kept = group.forward(rows)
         ctx.save_for_backward(x, *kept.tensors())
-        ctx.group = group
+        ctx.group, ctx.hands_on = group, group.may_hand_on(x.numel())
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], group.out_features))  # no view: callers add in place
 
     @staticmethod
@@ -35,6 +36,6 @@ class LoRALinear(torch.autograd.Function):
         needs_dx, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         rows = x.reshape(-1, group.in_features).to(group.dtype)
         g = g.reshape(-1, group.out_features).to(group.dtype)
-        dx, found = group.input_gradient(g, kept, needs_dx, needs)
+        dx, found = group.input_gradient(g, kept, needs_dx, needs, ctx.hands_on and graph_goes())
         grads = group.parameter_gradients(g, found, rows, kept, needs)
         return None, None if dx is None else dx.view(x.shape).to(x.dtype), *grads
