@@ -78,37 +78,42 @@ class KeptWeights:
             device: Where it lies.
             late: Whether this is a backward that frees at least as much as the form takes.
         """
-        if not (self.keep is not False or self.once) or any(owner is None for owner in owners):
+        if not self._serves(owners, device):
             return make(), False
-        if torch.compiler.is_compiling() or ahead.going():
-            return make(), False  # a compiler knows no addresses, and what is computed ahead is garbage
-        if (self.limit is not None or self.once) and recording(device):
-            return make(), False  # what is kept may go before the graph is replayed
         key, now = (name, *map(id, owners)), state()
-        entry = self._entries.get(key)
-        if entry is not None:
-            if entry.holds(owners, now):
-                return entry.form, True
-            del self._entries[key]
-            self.held -= entry.size
-            self._renewals[key] += 1
-        handed = self._handed.pop(key, None)
-        if handed is not None and not handed.holds(owners, now):
-            handed = None
-            self._renewals[key] += 1
-        form = make() if handed is None else handed.form
+        kept = self._current(self._entries, key, owners, now)
+        if kept is not None:
+            return kept.form, True
+        handed = self._current(self._handed, key, owners, now)
+        form = make() if handed is None else self._handed.pop(key).form
         size = form.numel() * form.element_size() if isinstance(form, torch.Tensor) else 0
-        if self._renewals[key] >= RENEWALS:
+        stays = self.keep is not False and self._room(device, size)
+        if self._renewals[key] >= RENEWALS or not (stays or (late and self.once)):
             return form, False
-        entry = Entry([weakref.ref(owner) for owner in owners], now, form, size)
-        if self.keep is not False and self._room(device, size):
-            self._entries[key] = entry
-            self.held += size
-            return form, True
-        if late and self.once:
-            self._handed[key] = entry
-            return form, True
-        return form, False
+        entries = self._entries if stays else self._handed
+        entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form, size)
+        self.held += size if stays else 0
+        return form, True
+
+    def _serves(self, owners: Sequence[object], device: torch.device) -> bool:
+        """Whether anything may be kept now."""
+        if torch.compiler.is_compiling() or ahead.going():
+            return False  # a compiler knows no addresses, and what is computed ahead is garbage
+        if (self.keep is False and not self.once) or any(owner is None for owner in owners):
+            return False
+        return not ((self.limit is not None or self.once) and recording(device))  # it may go before the graph runs
+
+    def _current(
+        self, entries: dict[Hashable, Entry], key: Hashable, owners: Sequence[object], now: State
+    ) -> Entry | None:
+        """The entry, if it is still that of the weights; else it goes."""
+        entry = entries.get(key)
+        if entry is None or entry.holds(owners, now):
+            return entry
+        del entries[key]
+        self.held -= entry.size if entries is self._entries else 0
+        self._renewals[key] += 1
+        return None
 
     @property
     def handed(self) -> int:
