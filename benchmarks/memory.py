@@ -97,7 +97,9 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         retries = _retries()
-        compared = planners(model)[0].stock.calibration.steps  # before it sees that steps are timed one by one
+        planner = planners(model)[0]
+        assert planner.stock is not None
+        compared = planner.stock.calibration.steps  # before it sees that steps are timed one by one
         result["compared_ms"] = {
             name: [round(ms, 1) for found in compared.latest(copies).values() for ms in found]
             for name, copies in (("with copies", True), ("without", False))
@@ -105,7 +107,6 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
         result["steps_ms"] = [round(milliseconds(lambda i=i: loop.step(i)), 2) for i in range(a.steps)]  # type: ignore[misc]
         result["host"] = host_times(loop)
         times = sorted(result["steps_ms"])
-        planner = planners(model)[0]
         plan, agreed = planner.plan, planner.agreed
         assert plan is not None
         assert agreed is not None

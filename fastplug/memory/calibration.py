@@ -183,14 +183,13 @@ class Calibration:
         self._times: dict[bool, list[Timed]] = {False: [], True: []}  # by whether the forward copied
         self._saved: dict[Policy, list[float]] = defaultdict(list)
         self._shape: Shape = (0, 0)
-        self._begun: Mark | None = None
         self._copying = False
         self.watching = False
         self.steps = Steps(meter)
 
     def begin(self, shape: Shape) -> None:
         """A forward of this shape begins: read what the device has passed, and decide whether to observe this one."""
-        self._begun = self.steps.begin()
+        self.steps.begin()
         waiting = []
         for observation in self._open:
             ms = observation.ms()
@@ -209,10 +208,9 @@ class Calibration:
 
     def follow(self, plan: Plan, instead: bool) -> None:
         """The plan that the present forward follows, and whether it is one without copies ``instead`` of another."""
-        assert self._begun is not None
         self._copying = plan.host_bytes > 0
         self.watching |= instead
-        self.steps.follow(self._begun, plan)
+        self.steps.follow(plan)
 
     def observe(self, policy: Policy, cost: PolicyCost) -> Observation | None:
         """Measure a layer's forward that begins now, if this forward is one to observe."""

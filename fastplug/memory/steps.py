@@ -34,6 +34,7 @@ class Steps:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
+        self._begun: Mark | None = None  # when the present forward began
         self._now: Step | None = None
         self._done: deque[tuple[Step, Mark]] = deque(maxlen=64)  # that the device may not have passed yet
         self._plans: dict[Shape, Plan] = {}  # the last one of each shape
@@ -41,9 +42,9 @@ class Steps:
         for copies in (False, True):
             self._ms[copies] = defaultdict(lambda: deque(maxlen=LATEST))
 
-    def begin(self) -> Mark:
+    def begin(self) -> None:
         """A forward begins, and with it a step: the one before is over."""
-        now = self._meter.mark()
+        now = self._begun = self._meter.mark()
         if self._now is not None and self._now.settled:
             self._done.append((self._now, now))
         self._now = None
@@ -54,15 +55,15 @@ class Steps:
                 break
             self._ms[step.copies][step.shape].append(ms)
             self._done.popleft()
-        return now
 
-    def follow(self, at: Mark, plan: Plan) -> None:
-        """The forward that began then follows this plan."""
+    def follow(self, plan: Plan) -> None:
+        """The forward that has begun follows this plan."""
+        assert self._begun is not None
         shape = plan.batch, plan.sequence
         before = self._plans.get(shape)
         settled = before is not None and before.alike(plan)
         self._plans[shape] = plan
-        self._now = Step(at, shape, plan.host_bytes > 0, settled)
+        self._now = Step(self._begun, shape, plan.host_bytes > 0, settled)
 
     def disturbed(self) -> None:
         """Memory ran out: the step tells of that."""

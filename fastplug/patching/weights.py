@@ -33,10 +33,13 @@ def _budget(options: Options) -> bool:
 def prepare(runtime: Runtime) -> str | None:
     """Set the runtime up for ``Options.base_weights``; returns what the report says about it, beside the plan's."""
     options = runtime.options
-    once = chosen(options) == "once" and options.graphs != "on"  # a recording takes nothing from the step before
+    asked = chosen(options) == "once"
+    once = asked and options.graphs != "on"
     if planned(options):
         runtime.weights = KeptWeights(True, limit=0, once=once)
         return None
+    if asked and not once:
+        return "base_weights='once' does nothing with graphs='on': a recorded layer takes nothing from the step before"
     keep = keeping(chosen(options), options)
     if once:
         runtime.weights = KeptWeights(False, once=True)

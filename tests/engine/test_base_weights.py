@@ -195,6 +195,11 @@ def test_nothing_stays_for_the_next_forward_where_it_would_be_the_peak(device, b
     assert handed(checkpointed).handed == 0
 
 
+def test_once_with_layers_that_are_recorded_is_reported(device):
+    twin = patched(models.qlora().to(device), base_weights="once", graphs="on")
+    assert "base_weights='once' does nothing with graphs='on'" in str(fastplug.report(twin))
+
+
 @pytest.mark.gpu
 def test_what_stays_for_the_next_forward_is_hardly_in_the_peak(device):
     """A layer's largest weight at most, beside what is there anyway."""
@@ -228,22 +233,22 @@ def test_decoded_once_a_step_under_a_plan(device, long_batch, decoded, memory):
 def test_what_was_handed_on_is_of_the_weights_as_they_are():
     kept, owner, device = KeptWeights(False, once=True), Owner(), torch.device("cpu")
 
-    def get(address: int, late: bool) -> tuple[object, bool]:
-        return kept.get([owner], "form", lambda: [(address, 0)], object, device, late)
+    def get(address: int, hands_on: bool) -> tuple[object, bool]:
+        return kept.get([owner], "form", lambda: [(address, 0)], object, device, hands_on)
 
-    first, stays = get(0, late=True)
+    first, stays = get(0, hands_on=True)
     assert stays
-    found, stays = get(0, late=False)
+    found, stays = get(0, hands_on=False)
     assert found is first
     assert not stays
-    assert get(0, late=False)[0] is not first
-    get(0, late=True)
+    assert get(0, hands_on=False)[0] is not first
+    get(0, hands_on=True)
     for address in range(1, RENEWALS + 2):  # weights that move all the time
-        found, stays = get(address, late=True)
+        found, stays = get(address, hands_on=True)
         assert stays == (address < RENEWALS)
     assert not kept._handed
     other = Owner()
-    kept.get([other], "form", list, object, device, late=True)
+    kept.get([other], "form", list, object, device, hands_on=True)
     assert len(kept._handed) == 1
     kept.forget([other])
     assert not kept._handed

@@ -160,7 +160,7 @@ class _Layout(NamedTuple):
     ranks: list[int]
     width: int
     rank_unit: int
-    strips: list[int]
+    strips: int
     second_and_third: list[int]  # their first strips, rows and columns; where the last one ends if they are not there
 
 
@@ -170,7 +170,7 @@ def _layout(places: Places) -> _Layout:
     ranks = [end - start for start, end in itertools.pairwise(columns)]
     strips = [0, *itertools.accumulate(triton.cdiv(end - start, CHANNELS) for start, end in itertools.pairwise(rows))]
     starts = [part for each in (strips, rows, columns) for part in (each[1], each[min(2, len(ranks))])]
-    return _Layout(ranks, max(16, power_of_2(max(ranks))), stride_unit(*columns), strips, starts)
+    return _Layout(ranks, max(16, power_of_2(max(ranks))), stride_unit(*columns), strips[-1], starts)
 
 
 @functools.lru_cache
@@ -199,7 +199,7 @@ def gradients(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """See :func:`fastplug.ops.adapter_gradients.reference.gradients`; of tensors that :func:`suits` takes."""
     (tokens, channels), rank, device = g.shape, xa.shape[1], g.device
-    ranks, R, rank_unit, (*_, strips), (strip1, strip2, row1, row2, column1, column2) = _layout(places)
+    ranks, R, rank_unit, strips, (strip1, strip2, row1, row2, column1, column2) = _layout(places)
     programs = triton.cdiv(tokens, TOKENS * BLOCKS)
     gb_parts = torch.empty(strips, tokens, R, dtype=torch.float32, device=device)
     b_parts = torch.empty(programs, channels, R, dtype=torch.float32, device=device)

@@ -122,13 +122,11 @@ class Adapters:
         asked for, all of them; ``needs`` is as of :meth:`Group.parameter_gradients`."""
         if kept.b is None:
             return None
-        if len(self.blocks) == self.count and kept.xa is not None and len(kept.xa) == len(g):
-            one = self.ops.adapter_gradients
-            if all(needs[3 : PER_PROJECTION * self.count : PER_PROJECTION]) and one.suits(
-                g, kept.xa, kept.b, self._places
-            ):
-                scalings = [block.projection.scaling for block in self.blocks]
-                return FromOutput(*one.gradients(g, kept.xa, kept.b, self._places, scalings))
+        one, wanted = self.ops.adapter_gradients, needs[3 : PER_PROJECTION * self.count : PER_PROJECTION]
+        there = kept.xa is not None and len(kept.xa) == len(g)
+        if there and len(self.blocks) == self.count and all(wanted) and one.suits(g, kept.xa, kept.b, self._places):
+            scalings = [block.projection.scaling for block in self.blocks]
+            return FromOutput(*one.gradients(g, kept.xa, kept.b, self._places, scalings))
         return FromOutput(self.scaled_gb(g, kept))
 
     def scaled_gb(self, g: torch.Tensor, kept: Kept) -> torch.Tensor:

@@ -66,7 +66,7 @@ class KeptWeights:
         state: Callable[[], State],
         make: Callable[[], T],
         device: torch.device,
-        late: bool = False,
+        hands_on: bool = False,
     ) -> tuple[T, bool]:
         """The form of that name, and whether it is kept, which means that nobody may write to it.
 
@@ -76,7 +76,7 @@ class KeptWeights:
             state: Tells where each stored weight lies and which version it is, see :meth:`Group.stored_state`.
             make: Makes it anew.
             device: Where it lies.
-            late: Whether this is a backward that frees at least as much as the form takes.
+            hands_on: Whether this is a backward that frees at least as much as the form takes.
         """
         if not self._serves(owners, device):
             return make(), False
@@ -88,7 +88,7 @@ class KeptWeights:
         form = make() if handed is None else self._handed.pop(key).form
         size = form.numel() * form.element_size() if isinstance(form, torch.Tensor) else 0
         stays = self.keep is not False and self._room(device, size)
-        if self._renewals[key] >= RENEWALS or not (stays or (late and self.once)):
+        if self._renewals[key] >= RENEWALS or not (stays or (hands_on and self.once)):
             return form, False
         entries = self._entries if stays else self._handed
         entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form, size)
@@ -110,10 +110,13 @@ class KeptWeights:
         entry = entries.get(key)
         if entry is None or entry.holds(owners, now):
             return entry
-        del entries[key]
-        self.held -= entry.size if entries is self._entries else 0
+        self._drop(entries, key)
         self._renewals[key] += 1
         return None
+
+    def _drop(self, entries: dict[Hashable, Entry], key: Hashable) -> None:
+        size = entries.pop(key).size
+        self.held -= size if entries is self._entries else 0
 
     @property
     def handed(self) -> int:
@@ -138,8 +141,7 @@ class KeptWeights:
         gone = set(map(id, modules))
         for entries in (self._entries, self._handed):
             for key in [key for key, entry in entries.items() if gone & {id(ref()) for ref in entry.owners}]:
-                size = entries.pop(key).size
-                self.held -= size if entries is self._entries else 0
+                self._drop(entries, key)
 
     def _room(self, device: torch.device, size: int) -> bool:
         if recording(device):
