@@ -42,8 +42,8 @@ class Options:
             once and keeps them in the compute dtype beside their own format, which takes as many bytes as a 16-bit
             base; ``"auto"`` keeps weights while half of the device's memory stays free, under ``memory`` as many as
             the plan leaves room for; ``"once"`` keeps what a backward has decoded until the next forward, in the memory
-            that activations have left, and does what ``"auto"`` does under ``memory``. None is ``"auto"`` under a
-            budget of ``memory``, else ``"decoded"``.
+            that activations have left, and does what ``"auto"`` does under ``memory``. None is ``"once"``, without a
+            budget of ``memory`` in backwards that begin with half of a GPU's memory free.
         memory: Plan what each decoder layer keeps for its backward: the fastest training step within ``"auto"`` (what
             is free on the device), an amount such as ``"8GiB"`` or a fraction of the device such as 0.9, both counted
             as reserved memory plus the CUDA context. ``"keep"`` lets every layer keep all it can use, ``"full"`` has it

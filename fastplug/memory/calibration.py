@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -126,16 +126,16 @@ class Agreed:
 class Observation:
     """One layer's forward and backward, as they are measured."""
 
-    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, copying: bool) -> None:
-        self._meter, self.policy, self.cost, self.copying = meter, policy, cost, copying
-        self._before = meter.allocated()
+    def __init__(self, meter: Meter, policy: Policy, cost: PolicyCost, copying: bool, aside: Callable[[], int]) -> None:
+        self._meter, self.policy, self.cost, self.copying, self._aside = meter, policy, cost, copying, aside
+        self._before = meter.allocated() - aside()
         self._marks: list[Mark] = [meter.mark()]
         self.saved: int | None = None
 
     def forward_done(self) -> None:
         self._marks.append(self._meter.mark())
         if not self.policy.offloads:  # the caller still holds what was copied
-            self.saved = self._meter.allocated() - self._before
+            self.saved = self._meter.allocated() - self._aside() - self._before
 
     def backward(self, begins: bool) -> None:
         self._marks.append(self._meter.mark())
@@ -212,11 +212,17 @@ class Calibration:
         self.watching |= instead
         self.steps.follow(plan)
 
-    def observe(self, policy: Policy, cost: PolicyCost) -> Observation | None:
-        """Measure a layer's forward that begins now, if this forward is one to observe."""
+    def observe(self, policy: Policy, cost: PolicyCost, aside: Callable[[], int] = lambda: 0) -> Observation | None:
+        """Measure a layer's forward that begins now, if this forward is one to observe.
+
+        Args:
+            policy: What the layer keeps.
+            cost: What that was reasoned to cost.
+            aside: Tells how many bytes are allocated for something else that may come or go meanwhile.
+        """
         if not self.watching:
             return None
-        observation = Observation(self._meter, policy, cost, self._copying)
+        observation = Observation(self._meter, policy, cost, self._copying, aside)
         self._open.append(observation)
         return observation
 

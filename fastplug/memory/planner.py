@@ -74,6 +74,7 @@ class Planner:
         self._layers = [weakref.ref(site.module) for site, _ in sites]
         self._report = report
         self._reading = Reading(model, sites, options)
+        self._cuda = False
         self._forwards = 0
         self._urgent = False
         self._costs: dict[Shape, Costs] = {}
@@ -113,7 +114,7 @@ class Planner:
         if not self.stock.calibration.watching or self.records:  # to record, and to replay, is another matter
             return None
         policy = self.plan.policies[index]
-        return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy])
+        return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy], self._decoded)
 
     def estimate(self, plan: Plan) -> tuple[LayerCosts, ...]:
         """The costs that were reasoned for the shape of a plan."""
@@ -180,9 +181,7 @@ class Planner:
         elif due:
             stock.lowered //= 2  # what was missing may be there again
         self._urgent = False
-        held = sum(self.recordings.held().values())
-        if x.is_cuda:  # on a CPU nobody counts what is decoded
-            held += sum(kept.handed + (0 if kept.limit is None else kept.held) for kept in self._weights)
+        held = sum(self.recordings.held().values()) + self._decoded()
         rates = [rate for rate in (offloader.rate() for offloader in self._offloaders()) if rate is not None]
         stock.copy = self._reading.copy_ratio(min(rates)) if rates else stock.copy
         local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
@@ -267,6 +266,7 @@ class Planner:
         if self.meter is None:
             self.off = f"fastplug cannot read the memory of {device.type} devices"
             raise OptionError(f"fastplug: memory={self.options.memory!r}: {self.off}; leave memory= out")
+        self._cuda = device.type == "cuda"
         self._reading.read(device)
         self._release()  # what loading and quantizing left in the cache
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -318,6 +318,12 @@ class Planner:
     def _limit_weights(self, size: int) -> int:
         """Keep so many bytes of decoded weights; returns those that went."""
         return sum(kept.limit_to(size) for kept in self._weights if kept.limit is not None)
+
+    def _decoded(self) -> int:
+        """Bytes of decoded weights that come and go; on a CPU nobody counts them."""
+        if not self._cuda:
+            return 0
+        return sum(kept.handed + (0 if kept.limit is None else kept.held) for kept in self._weights)
 
     def _pinned_bytes(self) -> int:
         """Bytes of host memory that are held for offloading."""

@@ -8,44 +8,41 @@ from fastplug.options import Options
 from fastplug.patching.sites import Runtime
 
 KEEP = {"kept": True, "decoded": False, "auto": None, "once": False}
+ONCE = {"kept": False, "decoded": False, "auto": False, "once": True}
 
 
-def keeping(choice: str, options: Options) -> bool | None:
-    """What ``"kept"``, ``"decoded"`` or ``"auto"`` comes to: a memory budget is for what its plan knows of."""
-    keep = KEEP[choice]
+def keeping(choice: str | None, options: Options) -> bool | None:
+    """Whether decoded weights are kept beside the stored ones: a memory budget is for what its plan knows of."""
+    keep = False if choice is None else KEEP[choice]
     return False if keep is None and options.memory is not None else keep
 
 
-def chosen(options: Options) -> str:
-    """``Options.base_weights`` with what None comes to: what a budget leaves is there to be used."""
-    return options.base_weights or ("auto" if _budget(options) else "decoded")
-
-
 def planned(options: Options) -> bool:
-    """Whether a memory plan says how many decoded weights of a quantized base stay."""
-    return chosen(options) in ("auto", "once") and _budget(options) and options.compute == "exact"
-
-
-def _budget(options: Options) -> bool:
-    return options.memory not in (None, *FORCED)
+    """Whether a memory plan says how many decoded weights of a quantized base stay: what is left is to be used."""
+    budget = options.memory not in (None, *FORCED)
+    return options.base_weights in (None, "auto", "once") and budget and options.compute == "exact"
 
 
 def prepare(runtime: Runtime) -> str | None:
     """Set the runtime up for ``Options.base_weights``; returns what the report says about it, beside the plan's."""
-    options = runtime.options
-    asked = chosen(options) == "once"
-    once = asked and options.graphs != "on"
+    options, choice = runtime.options, runtime.options.base_weights
+    once = None if choice is None else ONCE[choice]
+    if options.graphs == "on":
+        once = False
     if planned(options):
-        runtime.weights = KeptWeights(True, limit=0, once=once)
+        # What a layer's backward leaves takes the place of what the plan says that the layer keeps.
+        runtime.weights = KeptWeights(True, limit=0, once=once is not False)
         return None
-    if asked and not once:
-        return "base_weights='once' does nothing with graphs='on': a recorded layer takes nothing from the step before"
-    keep = keeping(chosen(options), options)
-    if once:
-        runtime.weights = KeptWeights(False, once=True)
+    keep = keeping(choice, options)
+    if keep is not False or once is not False:
+        runtime.weights = KeptWeights(keep, once=once)
+    if choice == "once":
+        if not once:
+            return (
+                "base_weights='once' does nothing with graphs='on': a recorded layer takes nothing from the step before"
+            )
         return "quantized weights are decoded in a backward and kept for the next forward, where activations will be"
     if keep is False:
         return None
-    runtime.weights = KeptWeights(keep)
     many = "all" if keep else "as many as leave half of the device's memory free"
     return f"quantized weights are decoded once and kept in 16 bits beside their own format, {many}"

@@ -202,7 +202,7 @@ def test_once_with_layers_that_are_recorded_is_reported(device):
 
 @pytest.mark.gpu
 def test_what_stays_for_the_next_forward_is_hardly_in_the_peak(device):
-    """A layer's largest weight at most, beside what is there anyway."""
+    """The weights of one layer at most, beside what is there anyway."""
     model = models.qlora(hidden_size=512, intermediate_size=1536, num_hidden_layers=8).to(device)
     batch = {name: value.to(device) for name, value in models.batch(8, 512).items()}
     peaks = []
@@ -215,18 +215,22 @@ def test_what_stays_for_the_next_forward_is_hardly_in_the_peak(device):
             model.zero_grad(set_to_none=True)
         peaks.append(torch.cuda.max_memory_allocated())
         applied.undo()
-    assert peaks[1] - peaks[0] <= 512 * 1536 * 2 + 2**20
+    layer = model.get_base_model().model.layers[0]
+    weights = sum(m.in_features * m.out_features for m in layer.modules() if type(m).__name__ == "Linear4bit")
+    assert peaks[1] - peaks[0] <= 2 * weights + 2**20
 
 
-@pytest.mark.parametrize("memory", ["keep", "64MiB"])
+@pytest.mark.parametrize("memory", ["keep", "a budget"])
 def test_decoded_once_a_step_under_a_plan(device, long_batch, decoded, memory):
     model = models.qlora().to(device)
     expected = step(patched(model), long_batch)
+    if memory == "a budget":
+        memory = "64MiB" if device.type == "cpu" else "2GiB"  # a CUDA context takes half a GiB
     twin = patched(model, base_weights="once", memory=memory, graphs="off")
     for _ in range(3):
         decoded.clear()
         same(step(twin, long_batch), expected)
-    assert "64MiB" in memory or handed(twin).handed > 0
+    assert memory != "keep" or handed(twin).handed > 0
     assert handed(twin).once
 
 
@@ -252,6 +256,46 @@ def test_what_was_handed_on_is_of_the_weights_as_they_are():
     assert len(kept._handed) == 1
     kept.forget([other])
     assert not kept._handed
+
+
+def test_a_backward_leaves_something_of_its_own_accord_where_half_of_the_memory_is_free(monkeypatch):
+    free, asked, task = {"bytes": 60}, [], {"id": 7}
+
+    def memory(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return free["bytes"], 100
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: task["id"])
+    kept, gpu, owners = KeptWeights(False, once=None), torch.device("cuda"), [Owner(), Owner(), Owner()]
+
+    def stays(owner: Owner, hands_on: bool = True) -> bool:
+        return kept.get([owner], "form", list, object, gpu, hands_on)[1]
+
+    assert [stays(owner) for owner in owners[:2]] == [True, True]
+    assert len(asked) == 1  # once for all of a backward
+    free["bytes"] = 40
+    assert stays(owners[2])
+    assert not stays(owners[0], hands_on=False)
+    task["id"] = 8
+    assert not stays(owners[0])
+    assert len(asked) == 2
+    assert not KeptWeights(False, once=None).get(owners[:1], "form", list, object, torch.device("cpu"), True)[1]
+
+
+@pytest.mark.gpu
+def test_of_its_own_accord_on_a_gpu(device, long_batch, decoded):
+    model = models.qlora().to(device)
+    expected = step(patched(model, base_weights="decoded"), long_batch)
+    twin = patched(model, graphs="off")
+    for _ in range(2):
+        decoded.clear()
+        same(step(twin, long_batch), expected)
+    assert handed(twin).handed > 0
+    assert decoded["decoded"] == 7 * model.config.num_hidden_layers
 
 
 def test_bad_input():

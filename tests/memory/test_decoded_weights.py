@@ -75,7 +75,7 @@ def test_what_is_left_is_spent_and_nothing_else_changes(wanted: dict[str, torch.
     assert sizes[-1] == 4 * WEIGHTS == kept(model).held
     last = counts[5::6]
     assert last == sorted(set(last), reverse=True)
-    assert last[0] >= 14 * LAYERS
+    assert last[0] > 7 * LAYERS  # beside what a backward hands to the next forward
     assert last[-1] == 0
 
 

@@ -189,7 +189,9 @@ class Adapters:
         if isinstance(x, torch.Tensor):
             return mm(gb.t(), x, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        product = mm((gb * x.rstd[:, None].to(wide)).to(gb.dtype).t(), x.h, wide)
+        left = torch.mul(gb, x.rstd[:, None], out=torch.empty_like(gb))  # rounded where it is multiplied: one pass
+        product = mm(left.t(), x.h, wide)
         if x.weight is not None:
-            product *= x.weight.detach().to(wide) + x.offset
+            weight = x.weight.detach()
+            product *= weight.to(wide) + x.offset if x.offset else weight
         return product

@@ -166,7 +166,7 @@ class Group:
     def may_hand_on(self, numbers: int, *others: Group) -> bool:
         """Asked in a forward whose node keeps so many numbers: whether its backward, which frees them, may leave the
         decoded weights of these groups to the next forward."""
-        if self.weights is None or not self.weights.once or torch.compiler.is_compiling():
+        if self.weights is None or self.weights.once is False or torch.compiler.is_compiling():
             return False
         return checkpointing() == "nothing" and numbers >= sum(g.in_features * g.out_features for g in (self, *others))
 

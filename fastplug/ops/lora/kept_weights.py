@@ -20,7 +20,7 @@ import torch
 from fastplug.ops import ahead
 from fastplug.ops.launch import recording
 
-SHARE = 0.5  # of the device's memory that has to stay free for weights to be kept of fastplug's own accord
+SHARE = 0.5  # of the device's memory that has to be free for weights to be kept of fastplug's own accord
 RENEWALS = 4  # of one form, after which its weights are taken to move all the time
 
 State = list[tuple[int, int]]
@@ -47,17 +47,19 @@ class KeptWeights:
     Attributes:
         keep: True, False, or None for as long as half of the device's memory stays free.
         limit: Bytes that what is kept may take, if a plan says it: see :meth:`limit_to`.
-        once: Whether what is not kept is made once a step: the backward hands it to the next forward.
+        once: Whether what is not kept is made once a step: the backward hands it to the next forward. None is for
+            backwards that begin with half of the device's memory free.
         held: Bytes that what is kept takes.
     """
 
     keep: bool | None
     limit: int | None = None
-    once: bool = False
+    once: bool | None = False
     held: int = 0
     _entries: dict[Hashable, Entry] = field(default_factory=dict)
     _handed: dict[Hashable, Entry] = field(default_factory=dict)
     _renewals: Counter[Hashable] = field(default_factory=Counter)
+    _backward: tuple[int, bool] = (-1, False)  # the latest, and whether there was room when it began
 
     def get(
         self,
@@ -78,7 +80,8 @@ class KeptWeights:
             device: Where it lies.
             hands_on: Whether this is a backward that frees at least as much as the form takes.
         """
-        if not self._serves(owners, device):
+        idle = self.keep is False and not hands_on and not self._handed
+        if idle or not self._serves(owners, device):
             return make(), False
         key, now = (name, *map(id, owners)), state()
         kept = self._current(self._entries, key, owners, now)
@@ -88,7 +91,7 @@ class KeptWeights:
         form = make() if handed is None else self._handed.pop(key).form
         size = form.numel() * form.element_size() if isinstance(form, torch.Tensor) else 0
         stays = self.keep is not False and self._room(device, size)
-        if self._renewals[key] >= RENEWALS or not (stays or (hands_on and self.once)):
+        if self._renewals[key] >= RENEWALS or not (stays or (hands_on and self._hands_on(device))):
             return form, False
         entries = self._entries if stays else self._handed
         entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form, size)
@@ -99,9 +102,10 @@ class KeptWeights:
         """Whether anything may be kept now."""
         if torch.compiler.is_compiling() or ahead.going():
             return False  # a compiler knows no addresses, and what is computed ahead is garbage
-        if (self.keep is False and not self.once) or any(owner is None for owner in owners):
+        if (self.keep is False and self.once is False) or any(owner is None for owner in owners):
             return False
-        return not ((self.limit is not None or self.once) and recording(device))  # it may go before the graph runs
+        goes = self.limit is not None or self.once is not False
+        return not (goes and recording(device))  # before the graph runs
 
     def _current(
         self, entries: dict[Hashable, Entry], key: Hashable, owners: Sequence[object], now: State
@@ -150,8 +154,20 @@ class KeptWeights:
             return self.held + size <= self.limit
         if device.type != "cuda":
             return bool(self.keep)
-        if self.keep:
-            return True
-        free, total = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached > SHARE * total
+        return self.keep is True or half_free(device)
+
+    def _hands_on(self, device: torch.device) -> bool:
+        """Whether the backward that runs may leave something. Counters of memory are read once for all its layers."""
+        if self.once is not None:
+            return self.once
+        this = torch._C._current_graph_task_id()
+        if self._backward[0] != this:
+            self._backward = this, device.type == "cuda" and half_free(device)
+        return self._backward[1]
+
+
+def half_free(device: torch.device) -> bool:
+    """Whether half of a CUDA device's memory is in no tensor of this process and no other process has it."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached > SHARE * total
