@@ -27,10 +27,10 @@ from fastplug.memory.policy import SPREAD, Policy
 from fastplug.memory.steps import WITHOUT, Steps
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
-# Whether a policy copies to the host's memory -> how much higher its ratio may be than the lowest one. In quiet runs on
-# an H100 nearly all were within 1.05 and 1.15 of it. A host that was slow for a while made them 1.3 and 1.7 times as
-# high, so that layers were computed again that there was room for.
-ALIKE = {False: 1.1, True: 1.25}
+# How much higher the ratio of a policy may be than the lowest one. In quiet runs on an H200 all were within 1.06 of it.
+# A host that was slow for a while made them 1.3 and 1.7 times as high, so that layers were computed again though there
+# was room. What copies cost in truth is for whole steps to say.
+ALIKE = 1.05
 NEAR = 0.05  # a ratio that moves by less says the same
 COPY_NEAR = 0.1  # likewise of copies to the host's memory
 HOST_NEAR = 0.25  # of the host's free memory: what data loaders and other processes take comes and goes
@@ -253,7 +253,7 @@ class Calibration:
         if not computed:
             return found
         least = min(computed)
-        return {policy: min(ratio, least * ALIKE[policy.offloads]) for policy, ratio in found.items()}
+        return {policy: min(ratio, least * ALIKE) for policy, ratio in found.items()}
 
     def saved(self) -> dict[Policy, float]:
         """Policy -> measured over reasoned bytes."""
