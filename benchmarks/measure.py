@@ -15,6 +15,7 @@ from benchmarks.rows import Row, lengths
 from benchmarks.weights import STD, device, generator
 
 BATCHES = 4
+IN_A_ROW = 5  # steps
 SLOW = 1.0  # seconds of a step above which fewer are run
 
 
@@ -167,8 +168,7 @@ def steady(model: Any, row: Row, effort: Effort) -> dict[str, Any]:
         "reserved_gib": gib("max_memory_reserved"),
     }
     if fastest < SLOW:
-        in_a_row = min(steps, 5)
-        result["running_ms"] = round(milliseconds(lambda: [loop.step(i) for i in range(in_a_row)]) / in_a_row, 2)
+        result["running_ms"] = in_a_row(loop, min(steps, IN_A_ROW))
     if effort.profile and torch.cuda.is_available():
         result |= profiled(lambda: loop.step(0))
     return result
@@ -201,6 +201,11 @@ def random_lengths(model: Any, row: Row, effort: Effort) -> dict[str, Any]:
     }
     reset_adapters(model)
     return result | loop.gradients()
+
+
+def in_a_row(loop: Loop, steps: int) -> float:
+    """Milliseconds of a step of several that nobody waits for."""
+    return round(milliseconds(lambda: [loop.step(i) for i in range(steps)]) / steps, 2)
 
 
 def profiled(step: Callable[[], object]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.hardware import hardware, versions
-from benchmarks.measure import BATCHES, Loop, milliseconds, reset_adapters, reset_peak, synchronize
+from benchmarks.measure import BATCHES, IN_A_ROW, Loop, in_a_row, milliseconds, reset_adapters, reset_peak, synchronize
 from benchmarks.rows import Row
 from benchmarks.shapes import LORA, SHAPES
 from benchmarks.weights import build, quantize
@@ -105,6 +105,7 @@ def one_budget(model: Any, row: Row, memory: str, a: argparse.Namespace) -> dict
             for name, copies in (("with copies", True), ("without", False))
         }
         result["steps_ms"] = [round(milliseconds(lambda i=i: loop.step(i)), 2) for i in range(a.steps)]  # type: ignore[misc]
+        result["running_ms"] = in_a_row(loop, min(a.steps, IN_A_ROW))
         result["host"] = host_times(loop)
         times = sorted(result["steps_ms"])
         plan, agreed = planner.plan, planner.agreed
@@ -252,7 +253,8 @@ def line(result: dict[str, Any]) -> str:
         return f"{result['budget']:>8}  {result['error']}"
     policies = ", ".join(f"{count} {name}" for name, count in result["policies"].items())
     return (
-        f"{result['budget']:>8} {result['ms']:9.1f} ms  planned {result['planned_gib']:7.2f}  measured "
+        f"{result['budget']:>8} {result['ms']:9.1f} ms ({result['running_ms']:.1f} in a row)  planned "
+        f"{result['planned_gib']:7.2f}  measured "
         f"{result['peak_gib'] or 0:7.2f} (whole run {result['whole_run']['peak_gib'] or 0:7.2f}) GiB  "
         + "".join(f"{name}={result[name]}  " for name in ("same", "loss", "grad_norm") if name in result)
         + f"[{policies}; tiles {result['tile_rows']}; dropped {result['dropped']}]"

@@ -14,9 +14,10 @@ from fastplug.memory.meter import CONTEXT
 from fastplug.memory.moments import assemble
 from fastplug.memory.plan import DECODED, Plan
 from fastplug.memory.policy import Policy
-from fastplug.memory.shapes import LayerShape, ModelShape
+from fastplug.memory.shapes import LayerShape, Linears, ModelShape
 from fastplug.memory.solve import DoesNotFit, least_budget, solve
 from fastplug.memory.times import keeping_ms, layer_ms, other_ms
+from fastplug.ops.lora.kept_weights import block_size
 
 SLACK = 0.05
 """Reserved beyond allocated bytes: blocks that are cut too small or too large for what comes next. 4.9 to 6.3% were
@@ -178,6 +179,21 @@ def keepable(shape: ModelShape, step: Step, gpu: GPU) -> tuple[int, float]:
     return weights * step.compute, sum(keeping_ms(layer, step, gpu) for layer in shape.layers)
 
 
+def handed_bytes(layer: LayerShape, policy: Policy, step: Step) -> int:
+    """Bytes at most of decoded weights that a layer's backward may leave to its next forward: those of nodes that keep
+    as many numbers, on the device, those of the MLP in a block of gate's and up's size."""
+    if not layer.fused or policy.offloads or policy.checkpoints:
+        return 0
+
+    def decoded(*groups: Linears) -> int:
+        return sum(linear.weights for group in groups for linear in group if linear.decoded) * step.compute
+
+    attention, mlp = decoded(layer.qkv, layer.out), decoded(layer.gate_up, layer.down)
+    if not (mlp and policy.keeps_gate_up):
+        return attention
+    return max(attention + mlp, block_size(2 * layer.intermediate * step.tokens * step.compute, mlp))
+
+
 def with_decoded(plan: Plan, left: int, weights: tuple[int, float], slack: float) -> Plan:
     """Spend ``left`` bytes on decoded weights that stay from step to step, of which there are :func:`keepable`.
 
@@ -262,6 +278,7 @@ __all__ = [
     "Estimate",
     "best_plan",
     "estimate",
+    "handed_bytes",
     "in_comparison",
     "keepable",
     "layer_costs",

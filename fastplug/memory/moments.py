@@ -14,6 +14,7 @@ for the shortest time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -72,25 +73,54 @@ def assemble(
 
 
 def peak_of(
-    layers: Sequence[LayerCosts], policies: Sequence[Policy], *, head_peak: int = 0, accumulating: bool = True
+    layers: Sequence[LayerCosts],
+    policies: Sequence[Policy],
+    *,
+    head_peak: int = 0,
+    accumulating: bool = True,
+    handed: Sequence[int] = (),
 ) -> Peak:
-    """The peak of a step, gradients included, above the bytes that are always there."""
+    """The peak of a step, gradients included, above the bytes that are always there.
+
+    ``handed`` are bytes of decoded weights that the backward of each layer leaves to its next forward.
+    """
     chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
     later = gradients_after(layers, accumulating)
     all_gradients = sum(layer.gradients for layer in layers)
     at_forward = all_gradients if accumulating else 0
     shared = sum({policy: cost.shared for policy, cost in zip(policies, chosen)}.values())
     peaks = [Peak(all_gradients + shared, 0, all_gradients, OPTIMIZER)]
-    before = shared
+    before, weights = shared, sum(handed)
     for i, cost in enumerate(chosen):
-        forward, backward = before + cost.forward_peak + at_forward, before + cost.backward_peak + later[i]
+        forward = before + cost.forward_peak + at_forward + weights
+        weights -= handed[i] if handed else 0
+        backward = before + cost.backward_peak + later[i] + weights
         peaks.append(Peak(forward, before, at_forward, f"the forward of layer {i}"))
-        peaks.append(
-            Peak(backward, min(before + cost.saved, backward - later[i]), later[i], f"the backward of layer {i}")
-        )
+        held = min(before + cost.saved, backward - later[i])
+        peaks.append(Peak(backward, held, later[i], f"the backward of layer {i}"))
         before += cost.saved
     peaks.append(Peak(before + head_peak + at_forward, before, at_forward, HEAD))
     return max(peaks, key=lambda peak: peak.bytes)
+
+
+def may_hand_on(
+    layers: Sequence[LayerCosts],
+    policies: Sequence[Policy],
+    handed: Sequence[int],
+    *,
+    head_peak: int = 0,
+    accumulating: bool = True,
+) -> int:
+    """How many layers, from the first one on, may leave ``handed`` bytes to the next forward without a higher peak.
+
+    The backward of the first layer is the last one: what it leaves is in the way of none.
+    """
+    peak = functools.partial(peak_of, layers, policies, head_peak=head_peak, accumulating=accumulating)
+    least = peak().bytes
+    for count in range(len(layers), 0, -1):
+        if peak(handed=[*handed[:count], *[0] * (len(layers) - count)]).bytes <= least:
+            return count
+    return 0
 
 
 def _waiting(chosen: Sequence[PolicyCost], policies: Sequence[Policy]) -> float:
@@ -108,4 +138,4 @@ def gradients_after(layers: Sequence[LayerCosts], accumulating: bool) -> list[in
     return sums[::-1]
 
 
-__all__ = ["Peak", "assemble", "gradients_after", "peak_of"]
+__all__ = ["Peak", "assemble", "gradients_after", "may_hand_on", "peak_of"]

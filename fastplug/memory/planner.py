@@ -18,6 +18,7 @@ from fastplug.memory.calibration import Agreed, Observation
 from fastplug.memory.costs import LayerCosts
 from fastplug.memory.making import Maker
 from fastplug.memory.meter import Meter, meter_for
+from fastplug.memory.moments import may_hand_on
 from fastplug.memory.oom import Room
 from fastplug.memory.plan import DECODED, Plan, Shape
 from fastplug.memory.policy import Policy
@@ -67,6 +68,7 @@ class Planner:
         self.recordings = Recordings(self._by_layer)
         self._others: dict[Shape, Plan | None] = {}  # without copies, to compare plans with
         self._beside: dict[Shape, int] = {}  # bytes that recordings of other shapes held when a plan was made
+        self._leaving = self.count  # layers, from the first on, whose backward may leave decoded weights
         self._weights: set[Any] = set()  # decoded ones; of those with a limit the plans say how many are kept
         self.meter: Meter | None = None
         self.stock: Stock | None = None
@@ -101,6 +103,8 @@ class Planner:
         assert self.stock is not None
         if index == self.count - 1:
             self.stock.look()
+        for kept in self._weights:
+            kept.leaves = index < self._leaving
         return self.plan.policies[index]
 
     def spare(self) -> int:
@@ -199,7 +203,10 @@ class Planner:
         """The present forward follows this plan, or one without copies to compare it with."""
         compares = plan.host_bytes > 0 and stock.calibration.compares() and not self.pinned
         other = self._without_copies(plan) if compares else None
-        self.plan = plan = other or plan
+        before, self.plan = self.plan, other or plan
+        plan = self.plan
+        if plan is not before:
+            self._leaving = self._may_leave(plan)
         stock.calibration.follow(plan, instead=other is not None)
         tells = stock.calibration.watching or agreement.due(self._forwards + 1)
         for offloader in self._offloaders():
@@ -236,6 +243,15 @@ class Planner:
         if self.recordings.begins(shape, held):
             self._release()  # what was left in the allocator's cache, which a recording cannot use
         return self.plans[shape]
+
+    def _may_leave(self, plan: Plan) -> int:
+        """How many layers, from the first on, may leave decoded weights to the next forward under a plan."""
+        assert self.agreed is not None
+        if self.options.memory in FORCED:
+            return self.count
+        layers, handed = self.agreed.apply(self.estimate(plan)), self._reading.handed(plan)
+        accumulating = self.agreed.accumulating
+        return may_hand_on(layers, plan.policies, handed, head_peak=plan.logits, accumulating=accumulating)
 
     def _without_copies(self, plan: Plan) -> Plan | None:
         """A plan of the same numbers to compare one with that copies to the host's memory."""

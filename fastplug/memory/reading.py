@@ -16,9 +16,10 @@ from fastplug.families import Family
 from fastplug.memory.bytes import Step
 from fastplug.memory.checkpoint import attention_refusal
 from fastplug.memory.costs import LayerCosts
-from fastplug.memory.estimate import TILES, Estimate, estimate, keepable
+from fastplug.memory.estimate import TILES, Estimate, estimate, handed_bytes, keepable
 from fastplug.memory.gpus import CPU, GPU, find, of_memory
 from fastplug.memory.host_memory import copy_rate
+from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
 from fastplug.options import Options
@@ -123,6 +124,12 @@ class Reading:
             return 0, 0.0
         step = Step.of(self.shape, batch, length, gpu=self._gpu)
         return keepable(self.shape, step, self._gpu)
+
+    def handed(self, plan: Plan) -> list[int]:
+        """Bytes at most of decoded weights that the backward of each layer may leave to the next forward."""
+        step = Step.of(self.shape, plan.batch, plan.sequence, gpu=self._gpu)
+        layers = zip(self.shape.layers, plan.policies, strict=True)
+        return [handed_bytes(layer, policy, step) for layer, policy in layers]
 
     def _with_passing_gradients(self, layer: LayerCosts, index: int) -> LayerCosts:
         """A layer's costs where its gradients do not stay as a whole: FSDP keeps a part of them, an optimizer within

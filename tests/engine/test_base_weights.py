@@ -238,7 +238,7 @@ def test_what_was_handed_on_is_of_the_weights_as_they_are():
     kept, owner, device = KeptWeights(False, once=True), Owner(), torch.device("cpu")
 
     def get(address: int, hands_on: bool) -> tuple[object, bool]:
-        return kept.get([owner], "form", lambda: [(address, 0)], object, device, hands_on)
+        return kept.get([owner], "form", lambda: [(address, 0)], anything, device, hands_on)
 
     first, stays = get(0, hands_on=True)
     assert stays
@@ -252,7 +252,7 @@ def test_what_was_handed_on_is_of_the_weights_as_they_are():
         assert stays == (address < RENEWALS)
     assert not kept._handed
     other = Owner()
-    kept.get([other], "form", list, object, device, hands_on=True)
+    kept.get([other], "form", list, anything, device, hands_on=True)
     assert len(kept._handed) == 1
     kept.forget([other])
     assert not kept._handed
@@ -273,7 +273,7 @@ def test_a_backward_leaves_something_of_its_own_accord_where_half_of_the_memory_
     kept, gpu, owners = KeptWeights(False, once=None), torch.device("cuda"), [Owner(), Owner(), Owner()]
 
     def stays(owner: Owner, hands_on: bool = True) -> bool:
-        return kept.get([owner], "form", list, object, gpu, hands_on)[1]
+        return kept.get([owner], "form", list, anything, gpu, hands_on)[1]
 
     assert [stays(owner) for owner in owners[:2]] == [True, True]
     assert len(asked) == 1  # once for all of a backward
@@ -283,7 +283,53 @@ def test_a_backward_leaves_something_of_its_own_accord_where_half_of_the_memory_
     task["id"] = 8
     assert not stays(owners[0])
     assert len(asked) == 2
-    assert not KeptWeights(False, once=None).get(owners[:1], "form", list, object, torch.device("cpu"), True)[1]
+    assert not KeptWeights(False, once=None).get(owners[:1], "form", list, anything, torch.device("cpu"), True)[1]
+
+
+def test_what_is_handed_on_lies_in_blocks_of_the_largest_activation():
+    """One that the backward frees, so that the forward's next activation of that size finds it."""
+    kept, owners, cpu = KeptWeights(False, once=True), [Owner() for _ in range(4)], torch.device("cpu")
+
+    def get(owner: Owner, numbers: int, hands_on: bool = True) -> torch.Tensor:
+        def make(empty) -> torch.Tensor:
+            return empty((numbers,), dtype=torch.float32, device=cpu).fill_(numbers)
+
+        return kept.get([owner], "form", list, make, cpu, hands_on)[0]
+
+    kept.frees(1024 + 512)
+    forms = [get(owner, numbers) for owner, numbers in zip(owners, (200, 100, 100, 70))]  # bytes: 800, 400, 400, 280
+    storages = [form.untyped_storage().data_ptr() for form in forms]
+    assert storages[0] == storages[1]  # at 0 and 1024
+    assert len(set(storages)) == 3  # the others would not fit
+    assert [float(form.max()) for form in forms] == [200, 100, 100, 70]
+    assert kept.handed == 1536 + 400 + 280
+    assert get(owners[0], 200, hands_on=False) is forms[0]
+    assert kept.handed == 1536 + 400 + 280  # the block is still there
+    get(owners[1], 100, hands_on=False)
+    assert kept.handed == 400 + 280
+    assert kept._block is None
+    assert get(owners[0], 200).untyped_storage().nbytes() == 800  # a backward that frees no such activation
+
+
+@pytest.mark.parametrize("length", [40, 80, 200])
+def test_a_layer_leaves_its_weights_in_one_block(device, length):
+    model = models.qlora().to(device)
+    twin = patched(model, base_weights="once", graphs="off")
+    step(twin, {name: value.to(device) for name, value in models.batch(2, length).items()})
+    config, forms = model.config, [entry.form for entry in handed(twin)._handed.values()]
+    storages = {form.untyped_storage().data_ptr(): form.untyped_storage().nbytes() for form in forms}
+    itemsize, layers = forms[0].element_size(), config.num_hidden_layers
+    mlp = 3 * config.hidden_size * config.intermediate_size * itemsize
+    activation = 2 * config.intermediate_size * 2 * length * itemsize
+    all_weights = sum(form.numel() for form in forms) * itemsize
+    if length == 80:
+        assert mlp < all_weights // layers <= activation <= 2 * mlp
+        assert list(storages.values()) == [activation] * layers
+        assert handed(twin).handed == layers * activation
+    else:  # the activation is smaller than the weights, or so large that a block of its size would mostly be empty
+        assert activation < mlp or activation > 2 * mlp
+        assert list(storages.values()).count(mlp) == layers
+        assert handed(twin).handed == all_weights
 
 
 @pytest.mark.gpu
@@ -307,11 +353,15 @@ class Owner:
     pass
 
 
+def anything(empty: object) -> object:
+    return object()
+
+
 def test_weights_that_move_all_the_time_are_not_kept():
     kept, owner, made = KeptWeights(True), Owner(), []
 
     def get(address: int) -> tuple[object, bool]:
-        def make() -> object:
+        def make(empty: object) -> object:
             made.append(address)
             return object()
 
@@ -331,13 +381,13 @@ def test_weights_that_move_all_the_time_are_not_kept():
 
 def test_whose_they_are():
     kept, device = KeptWeights(True), torch.device("cpu")
-    assert kept.get([None], "form", list, object, device)[1] is False
+    assert kept.get([None], "form", list, anything, device)[1] is False
     owner = Owner()
-    mine, _ = kept.get([owner], "form", list, object, device)
-    assert kept.get([Owner()], "form", list, object, device)[0] is not mine
-    assert kept.get([owner], "other form", list, object, device)[0] is not mine
-    assert kept.get([owner], "form", list, object, device)[0] is mine
-    assert KeptWeights(False).get([owner], "form", list, object, device)[1] is False
+    mine, _ = kept.get([owner], "form", list, anything, device)
+    assert kept.get([Owner()], "form", list, anything, device)[0] is not mine
+    assert kept.get([owner], "other form", list, anything, device)[0] is not mine
+    assert kept.get([owner], "form", list, anything, device)[0] is mine
+    assert KeptWeights(False).get([owner], "form", list, anything, device)[1] is False
 
 
 def test_room_on_a_gpu(monkeypatch):
@@ -348,9 +398,9 @@ def test_room_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     gpu, owners = torch.device("cuda"), [Owner(), Owner()]
     kept = KeptWeights(None)
-    assert kept.get(owners[:1], "form", list, object, gpu)[1]
+    assert kept.get(owners[:1], "form", list, anything, gpu)[1]
     free["bytes"] = 50
-    assert not kept.get(owners[1:], "form", list, object, gpu)[1]
-    assert KeptWeights(True).get(owners[1:], "form", list, object, gpu)[1]
+    assert not kept.get(owners[1:], "form", list, anything, gpu)[1]
+    assert KeptWeights(True).get(owners[1:], "form", list, anything, gpu)[1]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not KeptWeights(True).get(owners[1:], "form", list, object, gpu)[1]
+    assert not KeptWeights(True).get(owners[1:], "form", list, anything, gpu)[1]

@@ -184,7 +184,7 @@ def test_what_is_kept_last_goes_first() -> None:
     kept, owners, device = KeptWeights(True, limit=100), [Owner() for _ in range(3)], torch.device("cpu")
 
     def get(owner: Owner) -> bool:
-        return kept.get([owner], "form", list, lambda: torch.zeros(10), device)[1]
+        return kept.get([owner], "form", list, lambda empty: torch.zeros(10), device, size=40)[1]
 
     assert [get(owner) for owner in owners] == [True, True, False]
     assert kept.held == 80
@@ -206,7 +206,7 @@ def test_a_recording_reads_none_of_it(device: torch.device) -> None:
     owner = Owner()
 
     def get() -> Any:
-        return kept.get([owner], "form", list, lambda: made.append(1) or torch.zeros(10, device=device), device)
+        return kept.get([owner], "form", list, lambda empty: made.append(1) or torch.zeros(10, device=device), device)
 
     first = get()
     assert first[1]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastplug.memory import solve as solver
 from fastplug.memory.costs import LayerCosts, PolicyCost
-from fastplug.memory.moments import assemble, peak_of
+from fastplug.memory.moments import assemble, may_hand_on, peak_of
 from fastplug.memory.policy import Policy
 from fastplug.memory.solve import DoesNotFit, least_budget, solve
 
@@ -146,6 +146,38 @@ def test_more_memory_is_never_slower_and_is_used() -> None:
     # Until everything is kept, less than what one layer more would keep is left over.
     for plan in plans:
         assert set(plan.policies) == {Policy.KEEP} or plan.budget - plan.total < 742 * MiB
+
+
+def test_what_a_backward_leaves_is_never_in_the_way() -> None:
+    """Decoded weights that stay may take what their layer kept, but not the room of backwards that come after it."""
+    layers, weights = llama(), 416 * MiB
+    assert may_hand_on(layers, [Policy.KEEP] * 32, [weights] * 32) == 32
+    last = [Policy.OFFLOAD] * 31 + [Policy.KEEP]
+    assert may_hand_on(layers, last, [0] * 31 + [weights]) == 31  # the last layer's would be there in all others
+    assert may_hand_on(layers, [Policy.KEEP] + [Policy.OFFLOAD] * 31, [weights] + [0] * 31) == 32
+    for budget in (4, 6, 9, 12, 16, 20, 24):
+        plan = solve(layers, 0, budget * 1024 * MiB)
+        handed = [weights if policy is Policy.KEEP else 0 for policy in plan.policies]
+        count = may_hand_on(layers, plan.policies, handed)
+        without = peak_of(layers, plan.policies).bytes
+        assert peak_of(layers, plan.policies, handed=[*handed[:count], *[0] * (32 - count)]).bytes == without
+        assert count == 32 or peak_of(layers, plan.policies, handed=handed).bytes > without
+
+
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_a_step_with_weights_that_stay_by_hand(accumulating: bool) -> None:
+    layers, handed = llama(4, gradients=10 * MiB), [100, 20, 3, 700]
+    policies, highest, held = [Policy.KEEP, Policy.OFFLOAD, Policy.RESIDUAL, Policy.KEEP], 0, 0
+    chosen = [layer[policy] for layer, policy in zip(layers, policies)]
+    shared, gradients = sum(cost.shared for cost in chosen), 40 * MiB if accumulating else 0
+    for i, cost in enumerate(chosen):
+        highest = max(highest, shared + held + gradients + cost.forward_peak + sum(handed[i:]))
+        held += cost.saved
+    for i in reversed(range(4)):
+        held -= chosen[i].saved
+        gradients += 0 if accumulating else 10 * MiB
+        highest = max(highest, shared + held + gradients + chosen[i].backward_peak + sum(handed[i + 1 :]))
+    assert peak_of(layers, policies, accumulating=accumulating, handed=handed).bytes == highest
 
 
 def test_the_same_input_gives_the_same_plan() -> None:

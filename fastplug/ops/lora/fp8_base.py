@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fastplug.ops.lora.kept_weights import KeptWeights
+from fastplug.ops.lora.kept_weights import Empty, KeptWeights
 from fastplug.ops.recompute import recomputing
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Fp8:
         return (fp8.product(*rows, *weight, group.dtype), False) if y is None else (y, True)
 
     def _weight(self, group: Group, transposed: bool, device: torch.device) -> Quantized:
-        def make() -> Quantized:
+        def make(empty: Empty) -> Quantized:
             return _quantize(group, transposed)
 
         owners = [p.owner for p in group.projections]

@@ -170,6 +170,8 @@ class GatedMLPFunction(torch.autograd.Function):
             last = graph_goes()
             if last:
                 ctx.down_xa = None
+            if last and ctx.hands_on:
+                spec.gate_up.frees(gate_up, spec.down)
             dx, d_norm_weight, grads = backward(
                 spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last, ctx.base_only, last and ctx.hands_on
             )

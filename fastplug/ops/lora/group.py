@@ -15,7 +15,7 @@ import torch
 
 from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
-from fastplug.ops.lora.kept_weights import KeptWeights, State
+from fastplug.ops.lora.kept_weights import KeptWeights, State, block_size
 from fastplug.ops.lora.matmul import joins, mm
 from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
 from fastplug.ops.recompute import checkpointing
@@ -166,9 +166,21 @@ class Group:
     def may_hand_on(self, numbers: int, *others: Group) -> bool:
         """Asked in a forward whose node keeps so many numbers: whether its backward, which frees them, may leave the
         decoded weights of these groups to the next forward."""
-        if self.weights is None or self.weights.once is False or torch.compiler.is_compiling():
+        if (
+            self.weights is None
+            or self.weights.once is False
+            or not self.weights.leaves
+            or torch.compiler.is_compiling()
+        ):
             return False
         return checkpointing() == "nothing" and numbers >= sum(g.in_features * g.out_features for g in (self, *others))
+
+    def frees(self, activation: torch.Tensor, *others: Group) -> None:
+        """A backward that may leave the decoded weights of these groups frees this activation at its end."""
+        if self.weights is not None:
+            weights = sum(g.in_features * g.out_features for g in (self, *others)) * self.dtype.itemsize
+            size = activation.numel() * activation.element_size()
+            self.weights.frees(block_size(size, weights))
 
     def add_input_share(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``dx`` in place."""
@@ -216,11 +228,13 @@ class Group:
 
     # --- base weights ---------------------------------------------------------------------------------------------
 
-    def decoded(self, encoded: Sequence[EncodedWeight] | None = None) -> torch.Tensor:
-        """All weights, read before or now, in one buffer [out_features, in_features]."""
+    def decoded(
+        self, encoded: Sequence[EncodedWeight] | None = None, empty: Callable[..., torch.Tensor] = torch.empty
+    ) -> torch.Tensor:
+        """All weights, read before or now, in one buffer [out_features, in_features] that ``empty`` allocates."""
         encoded = [p.read() for p in self.projections] if encoded is None else encoded
         shape = (self.out_features, self.in_features)
-        buffer = torch.empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
+        buffer = empty(shape, dtype=self.dtype, device=encoded[0].tensors[0].device)
         first, row = encoded[0], 0
         if len(encoded) > 1 and all((w.codec, w.layout) == (first.codec, first.layout) for w in encoded):
             together = getattr(first.codec, "decode_all", None)
@@ -265,8 +279,8 @@ class Group:
             row += len(stored)
         return parts
 
-    def _decode(self, weight: EncodedWeight) -> torch.Tensor:
-        matrix = torch.empty(weight.shape, dtype=self.dtype, device=weight.tensors[0].device)
+    def _decode(self, weight: EncodedWeight, empty: Callable[..., torch.Tensor]) -> torch.Tensor:
+        matrix = empty(weight.shape, dtype=self.dtype, device=weight.tensors[0].device)
         weight.decode(matrix, self.ops)
         return matrix
 
@@ -274,14 +288,15 @@ class Group:
         self,
         projections: Sequence[Projection],
         encoded: Sequence[EncodedWeight],
-        make: Callable[[], torch.Tensor],
+        make: Callable[[Callable[..., torch.Tensor]], torch.Tensor],
         hands_on: bool,
     ) -> tuple[torch.Tensor, bool]:
         """Their decoded weight, kept or made, and whether it may be written over."""
         if self.weights is None:
-            return make(), True
+            return make(torch.empty), True
         owners, device = [p.owner for p in projections], encoded[0].tensors[0].device
-        matrix, kept = self.weights.get(owners, str(self.dtype), partial(_state, encoded), make, device, hands_on)
+        size = sum(weight.shape[0] * weight.shape[1] for weight in encoded) * self.dtype.itemsize
+        matrix, kept = self.weights.get(owners, str(self.dtype), partial(_state, encoded), make, device, hands_on, size)
         return matrix, not kept
 
 

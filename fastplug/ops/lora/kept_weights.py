@@ -1,7 +1,8 @@
 """Forms of frozen weights that are kept from step to step, so that no product makes them anew.
 
 Or from a backward to the forward that comes next, where they take no more than the activations that went there: those
-of all layers together are there when no activations are, and each one goes when its layer has kept its own.
+of all layers together are there when no activations are, and each one goes when its layer has kept its own. They lie in
+blocks of the size of the largest activation, so that what is freed on either side is what the other one needs next.
 
 A form is found by the modules that own the weights, and made again when a stored weight has moved or was written to.
 So nothing here outlives a merge or a load, and FSDP's weights, which move at each gathering, are soon not kept.
@@ -9,6 +10,7 @@ So nothing here outlives a merge or a load, and FSDP's weights, which move at ea
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -21,9 +23,12 @@ from fastplug.ops import ahead
 from fastplug.ops.launch import recording
 
 SHARE = 0.5  # of the device's memory that has to be free for weights to be kept of fastplug's own accord
+LARGEST_BLOCK = 2  # times as large as the weights that it is for
+ALIGNED = 256  # bytes at which the parts of a block begin
 RENEWALS = 4  # of one form, after which its weights are taken to move all the time
 
 State = list[tuple[int, int]]
+Empty = Callable[..., torch.Tensor]  # torch.empty, or what allocates as it does
 T = TypeVar("T")
 
 
@@ -40,6 +45,35 @@ class Entry(NamedTuple):
         return self.state == state and all(ref() is owner for ref, owner in zip(self.owners, owners))
 
 
+def block_size(activation: int, weights: int) -> int:
+    """Bytes of the block for what a backward hands on: those of the activation that it frees, if that is not much
+    larger than the weights are."""
+    return activation if weights <= activation <= LARGEST_BLOCK * weights else weights
+
+
+class Block:
+    """Memory for what one backward hands on.
+
+    Args:
+        size: Bytes of it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._used = size, 0
+        self._memory: torch.Tensor | None = None
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """An uninitialized tensor in it, or None where it does not fit."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._used + size > self._size:
+            return None
+        if self._memory is None:
+            self._memory = torch.empty(self._size, dtype=torch.uint8, device=device)
+        found = self._memory[self._used : self._used + size].view(dtype).view(*shape)
+        self._used += -(-size // ALIGNED) * ALIGNED
+        return found
+
+
 @dataclass(eq=False)
 class KeptWeights:
     """What is kept of one model.
@@ -50,12 +84,15 @@ class KeptWeights:
         once: Whether what is not kept is made once a step: the backward hands it to the next forward. None is for
             backwards that begin with half of the device's memory free.
         held: Bytes that what is kept takes.
+        leaves: Whether the layer whose forward runs may have its backward hand something on. A memory plan says it.
     """
 
     keep: bool | None
     limit: int | None = None
     once: bool | None = False
     held: int = 0
+    leaves: bool = True
+    _block: Block | None = None  # that the backward fills now
     _entries: dict[Hashable, Entry] = field(default_factory=dict)
     _handed: dict[Hashable, Entry] = field(default_factory=dict)
     _renewals: Counter[Hashable] = field(default_factory=Counter)
@@ -66,9 +103,10 @@ class KeptWeights:
         owners: Sequence[object],
         name: str,
         state: Callable[[], State],
-        make: Callable[[], T],
+        make: Callable[[Empty], T],
         device: torch.device,
         hands_on: bool = False,
+        size: int = 0,
     ) -> tuple[T, bool]:
         """The form of that name, and whether it is kept, which means that nobody may write to it.
 
@@ -76,22 +114,27 @@ class KeptWeights:
             owners: The modules of the weights, in their order; None among them where one is not known.
             name: Which form it is.
             state: Tells where each stored weight lies and which version it is, see :meth:`Group.stored_state`.
-            make: Makes it anew.
+            make: Makes it anew, in memory that the function which it gets allocates.
             device: Where it lies.
             hands_on: Whether this is a backward that frees at least as much as the form takes.
+            size: Bytes that it takes, where a limit is to count them.
         """
         idle = self.keep is False and not hands_on and not self._handed
         if idle or not self._serves(owners, device):
-            return make(), False
+            return make(torch.empty), False
         key, now = (name, *map(id, owners)), state()
         kept = self._current(self._entries, key, owners, now)
         if kept is not None:
             return kept.form, True
         handed = self._current(self._handed, key, owners, now)
-        form = make() if handed is None else self._handed.pop(key).form
-        size = form.numel() * form.element_size() if isinstance(form, torch.Tensor) else 0
-        stays = self.keep is not False and self._room(device, size)
-        if self._renewals[key] >= RENEWALS or not (stays or (hands_on and self._hands_on(device))):
+        if handed is not None:
+            self._block = None
+            return self._handed.pop(key).form, False
+        tired = self._renewals[key] >= RENEWALS
+        stays = not tired and self.keep is not False and self._room(device, size)
+        hands_on = hands_on and not tired and not stays and self._hands_on(device)
+        form = make(self._empty if hands_on else torch.empty)
+        if not (stays or hands_on):
             return form, False
         entries = self._entries if stays else self._handed
         entries[key] = Entry([weakref.ref(owner) for owner in owners], now, form, size)
@@ -122,15 +165,27 @@ class KeptWeights:
         size = entries.pop(key).size
         self.held -= size if entries is self._entries else 0
 
+    def frees(self, size: int) -> None:
+        """What the backward that runs hands on next will lie in a block of so many bytes, see :func:`block_size`."""
+        self._block = Block(size)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for something to hand on."""
+        found = None if self._block is None else self._block.take(shape, dtype, device)
+        return torch.empty(shape, dtype=dtype, device=device) if found is None else found
+
     @property
     def handed(self) -> int:
-        """Bytes of what a backward has handed to the next forward."""
-        return sum(entry.size for entry in self._handed.values())
+        """Bytes of what a backward has handed to the next forward, with all of the blocks that it lies in."""
+        forms = [entry.form for entry in self._handed.values() if isinstance(entry.form, torch.Tensor)]
+        storages = [form.untyped_storage() for form in forms]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def let_go(self) -> int:
         """Drop what was handed to the next forward; returns the bytes of it."""
         size = self.handed
         self._handed.clear()
+        self._block = None
         return size
 
     def limit_to(self, size: int) -> int:
