@@ -82,7 +82,8 @@ def peak_of(
 ) -> Peak:
     """The peak of a step, gradients included, above the bytes that are always there.
 
-    ``handed`` are bytes of decoded weights that the backward of each layer leaves to its next forward.
+    ``handed`` are bytes of decoded weights that the backward of each layer leaves to its next forward: both have them
+    beside everything else.
     """
     chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
     later = gradients_after(layers, accumulating)
@@ -93,8 +94,8 @@ def peak_of(
     before, weights = shared, sum(handed)
     for i, cost in enumerate(chosen):
         forward = before + cost.forward_peak + at_forward + weights
-        weights -= handed[i] if handed else 0
         backward = before + cost.backward_peak + later[i] + weights
+        weights -= handed[i] if handed else 0
         peaks.append(Peak(forward, before, at_forward, f"the forward of layer {i}"))
         held = min(before + cost.saved, backward - later[i])
         peaks.append(Peak(backward, held, later[i], f"the backward of layer {i}"))
@@ -113,7 +114,7 @@ def may_hand_on(
 ) -> int:
     """How many layers, from the first one on, may leave ``handed`` bytes to the next forward without a higher peak.
 
-    The backward of the first layer is the last one: what it leaves is in the way of none.
+    The backward of the first layer is the last one: what it leaves is in the way of no other.
     """
     peak = functools.partial(peak_of, layers, policies, head_peak=head_peak, accumulating=accumulating)
     least = peak().bytes
