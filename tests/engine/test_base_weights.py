@@ -188,11 +188,32 @@ def test_nothing_stays_for_the_next_forward_where_it_would_be_the_peak(device, b
     before = handed(twin).handed
     assert handed(twin).let_go() == before
     assert handed(twin).handed == 0
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    checkpointed = patched(model, base_weights="once", graphs="off")
-    step(checkpointed, long_batch)
-    assert handed(checkpointed).handed == 0
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        checkpointed = patched(model, base_weights="once", graphs="off")
+        step(checkpointed, long_batch)
+        assert handed(checkpointed).handed == 0
+
+
+def test_two_forwards_before_their_backwards(device, long_batch, decoded):
+    """What the first backward leaves serves the second one, and the forward after it."""
+    model = models.qlora().to(device)
+    expected = step(patched(model), long_batch)
+    twin = patched(model, base_weights="once", graphs="off").train()
+    for _ in range(2):
+        losses = [twin(**long_batch).loss for _ in range(2)]
+        decoded.clear()
+        losses[1].backward()
+        first = decoded["decoded"]  # not q, k and v of the first layer, whose input has no gradient
+        assert first == 7 * model.config.num_hidden_layers - 3
+        twin.zero_grad(set_to_none=True)
+        losses[0].backward()
+        assert decoded["decoded"] == first
+        for name, parameter in twin.named_parameters():
+            if parameter.grad is not None:
+                assert torch.equal(parameter.grad, expected.gradients[name]), name
+        twin.zero_grad(set_to_none=True)
 
 
 def test_once_with_layers_that_are_recorded_is_reported(device):

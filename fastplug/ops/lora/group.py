@@ -165,15 +165,11 @@ class Group:
 
     def may_hand_on(self, numbers: int, *others: Group) -> bool:
         """Asked in a forward whose node keeps so many numbers: whether its backward, which frees them, may leave the
-        decoded weights of these groups to the next forward."""
-        if (
-            self.weights is None
-            or self.weights.once is False
-            or not self.weights.leaves
-            or torch.compiler.is_compiling()
-        ):
+        decoded weights of these groups to the next forward. What is computed again keeps nothing from the forward."""
+        if self.weights is None or not self.weights.may_be_handed or torch.compiler.is_compiling():
             return False
-        return checkpointing() == "nothing" and numbers >= sum(g.in_features * g.out_features for g in (self, *others))
+        again = checkpointing() != "nothing" or torch._C._current_graph_task_id() != -1  # the latter if reentrant
+        return not again and numbers >= sum(g.in_features * g.out_features for g in (self, *others))
 
     def frees(self, activation: torch.Tensor, *others: Group) -> None:
         """A backward that may leave the decoded weights of these groups frees this activation at its end."""

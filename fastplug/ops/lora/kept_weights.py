@@ -127,6 +127,8 @@ class KeptWeights:
         if kept is not None:
             return kept.form, True
         handed = self._current(self._handed, key, owners, now)
+        if handed is not None and hands_on:  # another forward waits for its backward, and takes it after that
+            return handed.form, True
         if handed is not None:
             self._block = None
             return self._handed.pop(key).form, False
@@ -164,6 +166,11 @@ class KeptWeights:
     def _drop(self, entries: dict[Hashable, Entry], key: Hashable) -> None:
         size = entries.pop(key).size
         self.held -= size if entries is self._entries else 0
+
+    @property
+    def may_be_handed(self) -> bool:
+        """Whether the backward of the layer whose forward runs may hand something on, as far as is known by now."""
+        return self.leaves and self.once is not False
 
     def frees(self, size: int) -> None:
         """What the backward that runs hands on next will lie in a block of so many bytes, see :func:`block_size`."""
