@@ -16,11 +16,12 @@ from fastplug.memory import agreement
 from fastplug.memory.budget import FORCED, gib
 from fastplug.memory.calibration import Agreed, Observation
 from fastplug.memory.costs import LayerCosts
+from fastplug.memory.decoded import DecodedWeights
 from fastplug.memory.making import Maker
 from fastplug.memory.meter import Meter, meter_for
 from fastplug.memory.moments import may_hand_on
 from fastplug.memory.oom import Room
-from fastplug.memory.plan import DECODED, Plan, Shape
+from fastplug.memory.plan import Plan, Shape
 from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
 from fastplug.memory.recordings import Recordings, possible
@@ -68,15 +69,14 @@ class Planner:
         self.recordings = Recordings(self._by_layer)
         self._others: dict[Shape, Plan | None] = {}  # without copies, to compare plans with
         self._beside: dict[Shape, int] = {}  # bytes that recordings of other shapes held when a plan was made
-        self._leaving = self.count  # layers, from the first on, whose backward may leave decoded weights
-        self._weights: set[Any] = set()  # decoded ones; of those with a limit the plans say how many are kept
+        self._decoded = DecodedWeights()
+        self._left: dict[Shape, tuple[Plan, int]] = {}  # see _leaving
         self.meter: Meter | None = None
         self.stock: Stock | None = None
         self._model = weakref.ref(model)
         self._layers = [weakref.ref(site.module) for site, _ in sites]
         self._report = report
         self._reading = Reading(model, sites, options)
-        self._cuda = False
         self._forwards = 0
         self._urgent = False
         self._costs: dict[Shape, Costs] = {}
@@ -103,13 +103,12 @@ class Planner:
         assert self.stock is not None
         if index == self.count - 1:
             self.stock.look()
-        for kept in self._weights:
-            kept.leaves = index < self._leaving
+        self._decoded.enter(index)
         return self.plan.policies[index]
 
     def spare(self) -> int:
         """Let go of what is only kept because there was room, until the next training step; the bytes of it."""
-        return self._limit_weights(0) + sum(kept.let_go() for kept in self._weights)
+        return self._decoded.spare()
 
     def observe(self, index: int) -> Observation | None:
         """Measure the layer whose forward begins now, if this is a forward to measure."""
@@ -118,7 +117,7 @@ class Planner:
         if not self.stock.calibration.watching or self.records:  # to record, and to replay, is another matter
             return None
         policy = self.plan.policies[index]
-        return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy], self._decoded)
+        return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy], self._decoded.size)
 
     def estimate(self, plan: Plan) -> tuple[LayerCosts, ...]:
         """The costs that were reasoned for the shape of a plan."""
@@ -185,7 +184,7 @@ class Planner:
         elif due:
             stock.lowered //= 2  # what was missing may be there again
         self._urgent = False
-        held = sum(self.recordings.held().values()) + self._decoded()
+        held = sum(self.recordings.held().values()) + self._decoded.size()
         rates = [rate for rate in (offloader.rate() for offloader in self._offloaders()) if rate is not None]
         stock.copy = self._reading.copy_ratio(min(rates)) if rates else stock.copy
         local = stock.take(self.agreed, x, waiting, self._forwards, self._pinned_bytes(), held)
@@ -203,15 +202,12 @@ class Planner:
         """The present forward follows this plan, or one without copies to compare it with."""
         compares = plan.host_bytes > 0 and stock.calibration.compares() and not self.pinned
         other = self._without_copies(plan) if compares else None
-        before, self.plan = self.plan, other or plan
-        plan = self.plan
-        if plan is not before:
-            self._leaving = self._may_leave(plan)
+        self.plan = plan = other or plan
         stock.calibration.follow(plan, instead=other is not None)
         tells = stock.calibration.watching or agreement.due(self._forwards + 1)
         for offloader in self._offloaders():
             offloader.timing = tells or offloader.rate() is None
-        self._limit_weights(plan.parts.get(DECODED, 0))
+        self._decoded.follow(plan, self._leaving(plan))
         stock.predicted = max(stock.predicted, plan.allocated)
         if plan.total >= TIGHT * plan.budget:
             stock.meter.expand()
@@ -244,14 +240,19 @@ class Planner:
             self._release()  # what was left in the allocator's cache, which a recording cannot use
         return self.plans[shape]
 
-    def _may_leave(self, plan: Plan) -> int:
+    def _leaving(self, plan: Plan) -> int:
         """How many layers, from the first on, may leave decoded weights to the next forward under a plan."""
         assert self.agreed is not None
         if self.options.memory in FORCED:
             return self.count
-        layers, handed = self.agreed.apply(self.estimate(plan)), self._reading.handed(plan)
-        accumulating = self.agreed.accumulating
-        return may_hand_on(layers, plan.policies, handed, head_peak=plan.logits, accumulating=accumulating)
+        shape = plan.batch, plan.sequence
+        known, count = self._left.get(shape, (None, 0))
+        if known is not plan:
+            layers, handed = self.agreed.apply(self.estimate(plan)), self._reading.handed(plan)
+            accumulating = self.agreed.accumulating
+            count = may_hand_on(layers, plan.policies, handed, head_peak=plan.logits, accumulating=accumulating)
+            self._left[shape] = plan, count
+        return count
 
     def _without_copies(self, plan: Plan) -> Plan | None:
         """A plan of the same numbers to compare one with that copies to the host's memory."""
@@ -282,14 +283,14 @@ class Planner:
         if self.meter is None:
             self.off = f"fastplug cannot read the memory of {device.type} devices"
             raise OptionError(f"fastplug: memory={self.options.memory!r}: {self.off}; leave memory= out")
-        self._cuda = device.type == "cuda"
         self._reading.read(device)
         self._release()  # what loading and quantizing left in the cache
         trained = [p for p in model.parameters() if p.requires_grad]
         copies = self._reading.copies(device) if self.options.memory not in FORCED else 1.0
         self.stock = Stock(self.options, self.meter, self.room, trained, Optimizers(trained, device), copies)
         self.recordings.possible = possible(self.options.graphs, device)
-        self._weights = {binding.runtime.weights for binding in self._bindings()} - {None}
+        weights = {binding.runtime.weights for binding in self._bindings()} - {None}
+        self._decoded = DecodedWeights(weights, counted=device.type == "cuda")
         return self.stock
 
     def _limit(self, meter: Meter) -> None:
@@ -330,16 +331,6 @@ class Planner:
 
     def _offloaders(self) -> set[Any]:
         return {binding.runtime.offload for binding in self._bindings()} - {None}
-
-    def _limit_weights(self, size: int) -> int:
-        """Keep so many bytes of decoded weights; returns those that went."""
-        return sum(kept.limit_to(size) for kept in self._weights if kept.limit is not None)
-
-    def _decoded(self) -> int:
-        """Bytes of decoded weights that come and go; on a CPU nobody counts them."""
-        if not self._cuda:
-            return 0
-        return sum(kept.handed + (0 if kept.limit is None else kept.held) for kept in self._weights)
 
     def _pinned_bytes(self) -> int:
         """Bytes of host memory that are held for offloading."""
