@@ -187,9 +187,12 @@ class Calibration:
         self.watching = False
         self.steps = Steps(meter)
 
-    def begin(self, shape: Shape) -> None:
-        """A forward of this shape begins: read what the device has passed, and decide whether to observe this one."""
-        self.steps.begin()
+    def begin(self, shape: Shape) -> bool:
+        """A forward of this shape begins: read what the device has passed, and decide whether to observe this one.
+
+        Returns whether the step before followed the plan of the one before that.
+        """
+        settled = self.steps.begin()
         waiting = []
         for observation in self._open:
             ms = observation.ms()
@@ -201,6 +204,7 @@ class Calibration:
         self._seen[shape] += 1
         self._shape, self._copying = shape, False
         self.watching = 1 < self._seen[shape] <= 1 + FORWARDS
+        return settled
 
     def compares(self) -> bool:
         """Whether the present forward is to follow a plan without copies, if the one for its shape copies."""

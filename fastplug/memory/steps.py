@@ -42,12 +42,13 @@ class Steps:
         for copies in (False, True):
             self._ms[copies] = defaultdict(lambda: deque(maxlen=LATEST))
 
-    def begin(self) -> None:
-        """A forward begins, and with it a step: the one before is over."""
+    def begin(self) -> bool:
+        """A forward begins, and with it a step: the one before is over. Whether that was a settled one."""
         now = self._begun = self._meter.mark()
-        if self._now is not None and self._now.settled:
-            self._done.append((self._now, now))
-        self._now = None
+        before, self._now = self._now, None
+        settled = before is not None and before.settled
+        if before is not None and settled:
+            self._done.append((before, now))
         while self._done:
             step, end = self._done[0]
             ms = end.milliseconds_since(step.at)
@@ -55,6 +56,7 @@ class Steps:
                 break
             self._ms[step.copies][step.shape].append(ms)
             self._done.popleft()
+        return settled
 
     def follow(self, plan: Plan) -> None:
         """The forward that has begun follows this plan."""

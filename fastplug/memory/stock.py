@@ -65,6 +65,7 @@ class Stock:
         self._peak_before = (0, 0)
         self._seen = 0  # the most that was allocated at a moment when it was looked at, since the last agreement
         self._retries = meter.retries()
+        self._tight = False  # whether the allocator gave blocks back in a settled step since the last agreement
 
     def take(
         self, known: Agreed | None, x: torch.Tensor, waiting: int, forwards: int, pinned: int = 0, recorded: int = 0
@@ -154,10 +155,15 @@ class Stock:
         found = peak[0] - (self.predicted - self._to_come)
         return so_far + (found if found > 0 else int(found * CAUTION))
 
+    def begin(self, settled: bool) -> None:
+        """A forward begins; whether the step before was a settled one: a new plan's blocks have to be found first."""
+        before, self._retries = self._retries, self.meter.retries()
+        self._tight |= settled and self._retries > before
+
     def _slack(self, known: Agreed | None) -> float:
         so_far = Agreed.slack if known is None else known.slack
-        retries, self._retries = self.meter.retries() - self._retries, self.meter.retries()
-        return min(so_far + SLACK_STEP, SLACK_MOST) if known is not None and retries > 0 else so_far
+        tight, self._tight = self._tight, False
+        return min(so_far + SLACK_STEP, SLACK_MOST) if known is not None and tight else so_far
 
     def _gradients(self) -> int:
         found = [p.grad for p in (reference() for reference in self._trained) if p is not None and p.grad is not None]
