@@ -33,6 +33,7 @@ from fastplug.errors import ModelError, OptionError
 from fastplug.memory import saved_plans
 from fastplug.memory.runtime import planners
 from fastplug.metrics import Meter
+from fastplug.patching.engine import spare
 from fastplug.run_exports import Exports, describe, export_each, parse_exports
 from fastplug_hf.host import caller, calling_value, guard
 from fastplug_hf.metrics import TokenCounter
@@ -165,6 +166,8 @@ class FastPlugCallback(TrainerCallback):
     ) -> None:
         self._in_training = False
         took_part = self._stop_meter()
+        if model in self._models:
+            spare(model)
         self._write_report(model, args, state, args.output_dir)  # now with the calls that ran an original forward
         if took_part and state.is_world_process_zero:
             tokenizer = kwargs.get("processing_class")

@@ -17,6 +17,7 @@ from fastplug.errors import ModelError
 from fastplug.memory import saved_plans
 from fastplug.memory.runtime import planners
 from fastplug.metrics import token_tensors
+from fastplug.patching.engine import spare
 from fastplug_lightning.plugin import FastPlug, find, sharding
 
 
@@ -135,6 +136,7 @@ class Hooks:
             self.plug.meter.pause()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        spare(pl_module)
         if self.plug is not None and trainer.is_global_zero:
             self.plug.export(pl_module, trainer.default_root_dir)
 

@@ -153,6 +153,12 @@ def undo(model: nn.Module) -> Report | None:
     return final
 
 
+def spare(model: nn.Module) -> None:
+    """Let go of what a patched model holds only for its next training step to be faster; that one makes it anew."""
+    for runtime in {id(binding.runtime): binding.runtime for _, binding in _bindings(model)}.values():
+        runtime.spare()
+
+
 def report(model: nn.Module) -> Report:
     """The report of a patched model, with the calls so far that ran an original forward.
 
@@ -297,4 +303,4 @@ def _device(model: nn.Module) -> torch.device:
     return first
 
 
-__all__ = ["Applied", "apply", "decide", "report", "undo"]
+__all__ = ["Applied", "apply", "decide", "report", "spare", "undo"]

@@ -67,6 +67,8 @@ class Runtime:
             self.graphs.steady.see(None)
         if self.memory is not None:
             self.memory.spare()
+        if self.weights is not None:
+            self.weights.let_go()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return self  # holds no state of the model

@@ -290,6 +290,23 @@ def test_undo_at_end_gives_the_model_back(tmp_path: Path) -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_waits_for_the_next_step_goes_at_the_end(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    waiting = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            waiting.append(models.handed(model))
+
+    model = models.qlora()
+    callbacks = FastPlugCallback(base_weights="once", graphs="off"), Look()
+    tiny.trainer(model, tmp_path, *callbacks, data=tiny.rows(length=80), max_steps=2).train()
+    assert len(waiting) == 2
+    assert all(waiting)
+    assert tiny.patched(model)
+    assert models.handed(model) == 0
+
+
 class Interrupt(TrainerCallback):
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import fastplug
 from fastplug.errors import FastPlugError, OptionError, StrictError
@@ -336,6 +337,21 @@ def test_undo(tmp_path: Path) -> None:
     assert not is_patched(module)
     fit(module, tmp_path, FastPlug(undo_at_end=True))
     assert not is_patched(module)
+
+
+def test_what_waits_for_the_next_step_goes_at_the_end(tmp_path: Path) -> None:
+    class Look(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            waiting.append(models.handed(self.llm))
+
+    waiting: list[int] = []
+    module = Look(qlora)
+    data = DataLoader([models.batch(4, 64)] * 2, batch_size=None)  # type: ignore[arg-type]
+    trainer(tmp_path, FastPlug(base_weights="once", graphs="off")).fit(module, data)
+    assert len(waiting) == 2
+    assert all(waiting)
+    assert is_patched(module)
+    assert models.handed(module) == 0
 
 
 @pytest.mark.parametrize(("error", "undo_at_end"), [(KeyboardInterrupt, False), (RuntimeError, True)])
