@@ -136,8 +136,10 @@ class Hooks:
             self.plug.meter.pause()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.plug is None:
+            return
         spare(pl_module)
-        if self.plug is not None and trainer.is_global_zero:
+        if trainer.is_global_zero:
             self.plug.export(pl_module, trainer.default_root_dir)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

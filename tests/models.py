@@ -117,10 +117,9 @@ def batch(rows: int = 2, length: int = 13, seed: int = 3, ignored: float = 0.2) 
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
-def handed(model: Any) -> int:
-    """Bytes of decoded weights that the last backward of a patched model left to the next forward."""
-    binding = next(module.__dict__["_fastplug"] for module in model.modules() if "_fastplug" in module.__dict__)
-    return int(binding.runtime.weights.handed)
+def kept_weights(model: Any) -> Any:
+    """The decoded weights of a patched model that are kept, or handed to the next forward."""
+    return next(m.__dict__["_fastplug"] for m in model.modules() if "_fastplug" in m.__dict__).runtime.weights
 
 
 def prompted(rows: int = 3, length: int = 20, prompt: int = 12) -> dict[str, torch.Tensor]:

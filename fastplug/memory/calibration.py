@@ -27,7 +27,7 @@ from fastplug.memory.policy import SPREAD, Policy
 from fastplug.memory.steps import WITHOUT, Steps
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
-# How much higher the ratio of a policy may be than the lowest one. In quiet runs on an H200 all were within 1.06 of it.
+# How much higher the ratio of a policy may be than the lowest one. In quiet runs on an H200 nearly all were within 6%.
 # A host that was slow for a while made them 1.3 and 1.7 times as high, so that layers were computed again though there
 # was room. What copies cost in truth is for whole steps to say.
 ALIKE = 1.05

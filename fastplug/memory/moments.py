@@ -14,7 +14,7 @@ for the shortest time.
 
 from __future__ import annotations
 
-import functools
+import bisect
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -116,12 +116,12 @@ def may_hand_on(
 
     The backward of the first layer is the last one: what it leaves is in the way of no other.
     """
-    peak = functools.partial(peak_of, layers, policies, head_peak=head_peak, accumulating=accumulating)
-    least = peak().bytes
-    for count in range(len(layers), 0, -1):
-        if peak(handed=[*handed[:count], *[0] * (len(layers) - count)]).bytes <= least:
-            return count
-    return 0
+
+    def peak(count: int) -> int:
+        leave = [*handed[:count], *[0] * (len(layers) - count)]
+        return peak_of(layers, policies, head_peak=head_peak, accumulating=accumulating, handed=leave).bytes
+
+    return bisect.bisect_right(range(1, len(layers) + 1), peak(0), key=peak)  # it grows with the count
 
 
 def _waiting(chosen: Sequence[PolicyCost], policies: Sequence[Policy]) -> float:

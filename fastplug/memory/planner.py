@@ -155,7 +155,7 @@ class Planner:
         """The first layer's forward begins: a plan for this shape."""
         stock = self._start(x.device)
         self._forwards += 1
-        stock.begin(settled=stock.calibration.begin(shape))
+        stock.begin(shape)
         waiting, renewed, urgent = self.room.forwards(0), False, self._urgent
         group = agreement.group_of(layer)
         if self.pinned and self._urgent:

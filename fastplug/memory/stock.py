@@ -16,6 +16,7 @@ from fastplug.memory.host_memory import RESERVE
 from fastplug.memory.host_memory import available as host_available
 from fastplug.memory.meter import Meter, local_bytes, meter_for
 from fastplug.memory.oom import Room
+from fastplug.memory.plan import Shape
 from fastplug.memory.policy import Policy
 from fastplug.memory.states import Optimizers, States
 from fastplug.options import Options
@@ -155,8 +156,9 @@ class Stock:
         found = peak[0] - (self.predicted - self._to_come)
         return so_far + (found if found > 0 else int(found * CAUTION))
 
-    def begin(self, settled: bool) -> None:
-        """A forward begins; whether the step before was a settled one: a new plan's blocks have to be found first."""
+    def begin(self, shape: Shape) -> None:
+        """A forward of this shape begins."""
+        settled = self.calibration.begin(shape)  # the step before; a new plan's blocks have to be found first
         before, self._retries = self._retries, self.meter.retries()
         self._tight |= settled and self._retries > before
 

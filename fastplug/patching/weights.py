@@ -7,13 +7,20 @@ from fastplug.ops.lora.kept_weights import KeptWeights
 from fastplug.options import Options
 from fastplug.patching.sites import Runtime
 
-KEEP = {"kept": True, "decoded": False, "auto": None, "once": False}
-ONCE = {"kept": False, "decoded": False, "auto": False, "once": True}
+# ``Options.base_weights`` -> whether decoded weights are kept beside the stored ones, and whether a backward leaves
+# those that are not to the next forward; None is for as long as half of the device's memory is free.
+CHOICES = {
+    None: (False, None),
+    "decoded": (False, False),
+    "kept": (True, False),
+    "auto": (None, False),
+    "once": (False, True),
+}
 
 
 def keeping(choice: str | None, options: Options) -> bool | None:
     """Whether decoded weights are kept beside the stored ones: a memory budget is for what its plan knows of."""
-    keep = False if choice is None else KEEP[choice]
+    keep, _ = CHOICES[choice]
     return False if keep is None and options.memory is not None else keep
 
 
@@ -26,9 +33,7 @@ def planned(options: Options) -> bool:
 def prepare(runtime: Runtime) -> str | None:
     """Set the runtime up for ``Options.base_weights``; returns what the report says about it, beside the plan's."""
     options, choice = runtime.options, runtime.options.base_weights
-    once = None if choice is None else ONCE[choice]
-    if options.graphs == "on":
-        once = False
+    once = False if options.graphs == "on" else CHOICES[choice][1]
     if planned(options):
         # What a layer's backward leaves takes the place of what the plan says that the layer keeps.
         runtime.weights = KeptWeights(True, limit=0, once=once is not False)

@@ -149,11 +149,6 @@ def long_batch(device):
     return {name: value.to(device) for name, value in models.batch(8, 64).items()}
 
 
-def handed(model) -> KeptWeights:
-    patched_one = next(module for module in model.modules() if "_fastplug" in module.__dict__)
-    return patched_one._fastplug.runtime.weights
-
-
 @pytest.mark.parametrize("dora", [False, True])
 def test_decoded_once_a_step(device, long_batch, decoded, dora):
     """Each forward finds what the backward before has decoded; DoRA scales its weights where they lie."""
@@ -169,31 +164,31 @@ def test_decoded_once_a_step(device, long_batch, decoded, dora):
         same(step(twin, long_batch), expected)
         assert decoded["decoded"] == (first if dora else 7 * model.config.num_hidden_layers)
     assert first > 7 * model.config.num_hidden_layers
-    assert (handed(twin).handed > 0) != dora
+    assert (models.kept_weights(twin).handed > 0) != dora
     with torch.no_grad():
         twin(**long_batch)
-    assert handed(twin).handed == 0  # an evaluation takes it, too
+    assert models.kept_weights(twin).handed == 0  # an evaluation takes it, too
 
 
 def test_nothing_stays_for_the_next_forward_where_it_would_be_the_peak(device, batch, long_batch):
     model = models.qlora().to(device)
     twin = patched(model, base_weights="once", graphs="off").train()
     step(twin, batch)  # activations are smaller than weights
-    assert handed(twin).handed == 0
+    assert models.kept_weights(twin).handed == 0
     loss = twin(**long_batch).loss
     loss.backward(retain_graph=True)  # they stay
-    assert handed(twin).handed == 0
+    assert models.kept_weights(twin).handed == 0
     loss.backward()
-    assert handed(twin).handed > 0
-    before = handed(twin).handed
-    assert handed(twin).let_go() == before
-    assert handed(twin).handed == 0
+    assert models.kept_weights(twin).handed > 0
+    before = models.kept_weights(twin).handed
+    assert models.kept_weights(twin).let_go() == before
+    assert models.kept_weights(twin).handed == 0
     for reentrant in (False, True):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
         checkpointed = patched(model, base_weights="once", graphs="off")
         step(checkpointed, long_batch)
-        assert handed(checkpointed).handed == 0
+        assert models.kept_weights(checkpointed).handed == 0
 
 
 def test_two_forwards_before_their_backwards(device, long_batch, decoded):
@@ -251,8 +246,8 @@ def test_decoded_once_a_step_under_a_plan(device, long_batch, decoded, memory):
     for _ in range(3):
         decoded.clear()
         same(step(twin, long_batch), expected)
-    assert memory != "keep" or handed(twin).handed > 0
-    assert handed(twin).once
+    assert memory != "keep" or models.kept_weights(twin).handed > 0
+    assert models.kept_weights(twin).once
 
 
 def test_what_was_handed_on_is_of_the_weights_as_they_are():
@@ -337,7 +332,7 @@ def test_a_layer_leaves_its_weights_in_one_block(device, length):
     model = models.qlora().to(device)
     twin = patched(model, base_weights="once", graphs="off")
     step(twin, {name: value.to(device) for name, value in models.batch(2, length).items()})
-    config, forms = model.config, [entry.form for entry in handed(twin)._handed.values()]
+    config, forms = model.config, [entry.form for entry in models.kept_weights(twin)._handed.values()]
     storages = {form.untyped_storage().data_ptr(): form.untyped_storage().nbytes() for form in forms}
     itemsize, layers = forms[0].element_size(), config.num_hidden_layers
     mlp = 3 * config.hidden_size * config.intermediate_size * itemsize
@@ -346,11 +341,11 @@ def test_a_layer_leaves_its_weights_in_one_block(device, length):
     if length == 80:
         assert mlp < all_weights // layers <= activation <= 2 * mlp
         assert list(storages.values()) == [activation] * layers
-        assert handed(twin).handed == layers * activation
+        assert models.kept_weights(twin).handed == layers * activation
     else:  # the activation is smaller than the weights, or so large that a block of its size would mostly be empty
         assert activation < mlp or activation > 2 * mlp
         assert list(storages.values()).count(mlp) == layers
-        assert handed(twin).handed == all_weights
+        assert models.kept_weights(twin).handed == all_weights
 
 
 @pytest.mark.gpu
@@ -361,7 +356,7 @@ def test_of_its_own_accord_on_a_gpu(device, long_batch, decoded):
     for _ in range(2):
         decoded.clear()
         same(step(twin, long_batch), expected)
-    assert handed(twin).handed > 0
+    assert models.kept_weights(twin).handed > 0
     assert decoded["decoded"] == 7 * model.config.num_hidden_layers
 
 

@@ -296,7 +296,7 @@ def test_what_waits_for_the_next_step_goes_at_the_end(tmp_path: Path) -> None:
 
     class Look(TrainerCallback):
         def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
-            waiting.append(models.handed(model))
+            waiting.append(models.kept_weights(model).handed)
 
     model = models.qlora()
     callbacks = FastPlugCallback(base_weights="once", graphs="off"), Look()
@@ -304,7 +304,7 @@ def test_what_waits_for_the_next_step_goes_at_the_end(tmp_path: Path) -> None:
     assert len(waiting) == 2
     assert all(waiting)
     assert tiny.patched(model)
-    assert models.handed(model) == 0
+    assert models.kept_weights(model).handed == 0
 
 
 class Interrupt(TrainerCallback):

@@ -342,7 +342,7 @@ def test_undo(tmp_path: Path) -> None:
 def test_what_waits_for_the_next_step_goes_at_the_end(tmp_path: Path) -> None:
     class Look(Module):
         def on_train_batch_end(self, *args: Any) -> None:
-            waiting.append(models.handed(self.llm))
+            waiting.append(models.kept_weights(self.llm).handed)
 
     waiting: list[int] = []
     module = Look(qlora)
@@ -351,7 +351,7 @@ def test_what_waits_for_the_next_step_goes_at_the_end(tmp_path: Path) -> None:
     assert len(waiting) == 2
     assert all(waiting)
     assert is_patched(module)
-    assert models.handed(module) == 0
+    assert models.kept_weights(module).handed == 0
 
 
 @pytest.mark.parametrize(("error", "undo_at_end"), [(KeyboardInterrupt, False), (RuntimeError, True)])

@@ -39,13 +39,6 @@ def plan_of(planner: Planner) -> Plan:
     return planner.plan
 
 
-def kept(model: Any) -> KeptWeights:
-    layer = model.get_base_model().model.layers[0]
-    found = layer.__dict__["_fastplug"].runtime.weights
-    assert isinstance(found, KeptWeights)
-    return found
-
-
 @pytest.fixture(scope="module")
 def wanted() -> dict[str, torch.Tensor]:
     model = models.qlora(num_hidden_layers=LAYERS)
@@ -53,10 +46,13 @@ def wanted() -> dict[str, torch.Tensor]:
     return gradients(model, BATCH)
 
 
-def test_what_is_left_is_spent_and_nothing_else_changes(wanted: dict[str, torch.Tensor], decoded: Counter[str]) -> None:
+@pytest.mark.parametrize(("choice", "most"), [("auto", 14), (None, 12)])
+def test_what_is_left_is_spent_and_nothing_else_changes(
+    wanted: dict[str, torch.Tensor], decoded: Counter[str], choice: str | None, most: int
+) -> None:
     sizes, counts = [], []
     for memory in ("2MiB", "3MiB", "3200KiB", "6MiB"):
-        (model, planner), (other, before) = planned(memory), planned(memory, base_weights="decoded")
+        (model, planner), (other, before) = (planned(memory, base_weights=kind) for kind in (choice, "decoded"))
         for _ in range(6):  # the first plans are cautious
             decoded.clear()
             assert same_bits(gradients(model, BATCH), wanted), memory
@@ -69,32 +65,32 @@ def test_what_is_left_is_spent_and_nothing_else_changes(wanted: dict[str, torch.
         assert plan.total <= plan.budget
         assert plan.total - without.total == pytest.approx(size, rel=0.1)  # and what the allocator has beside it
         assert (plan.ms < without.ms) is (size > 0)
-        assert kept(model).held <= size
+        assert models.kept_weights(model).held <= size
     assert sizes == sorted(set(sizes))
     assert sizes[0] < 4 * 32 * 64  # the smallest weight
-    assert sizes[-1] == 4 * WEIGHTS == kept(model).held
+    assert sizes[-1] == 4 * WEIGHTS == models.kept_weights(model).held
     last = counts[5::6]
     assert last == sorted(set(last), reverse=True)
-    assert last[0] > 7 * LAYERS  # beside what a backward hands to the next forward
+    assert last[0] >= most * LAYERS  # fewer where a backward hands some to the next forward
     assert last[-1] == 0
 
 
 def test_an_evaluation_finds_its_memory_and_training_goes_on(wanted: dict[str, torch.Tensor]) -> None:
     model, _ = planned("6MiB")
     gradients(model, BATCH)
-    assert kept(model).held == 4 * WEIGHTS
+    assert models.kept_weights(model).held == 4 * WEIGHTS
     with torch.no_grad():
         model(**BATCH)
-    assert kept(model).held == 0
+    assert models.kept_weights(model).held == 0
     assert same_bits(gradients(model, BATCH), wanted)
-    assert kept(model).held == 4 * WEIGHTS
+    assert models.kept_weights(model).held == 4 * WEIGHTS
     model.eval()
     for prompt in (BATCH["input_ids"], SHORT["input_ids"][:, :8]):
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2)
-        assert kept(model).held == 0
+        assert models.kept_weights(model).held == 0
         model.train()
         gradients(model, BATCH)
-        assert kept(model).held == 4 * WEIGHTS
+        assert models.kept_weights(model).held == 4 * WEIGHTS
         model.eval()
 
 
@@ -106,7 +102,7 @@ def test_batches_of_another_shape_need_some_of_it_back() -> None:
             gradients(model, batch)
         length = batch["input_ids"].shape[1]
         sizes[length] = plan_of(planner).parts.get(DECODED, 0)
-        assert kept(model).held <= sizes[length]
+        assert models.kept_weights(model).held <= sizes[length]
         assert plan_of(planner).fits
     assert sizes[40] > sizes[120]
 
@@ -116,10 +112,10 @@ def test_they_go_before_anything_that_layers_keep(wanted: dict[str, torch.Tensor
     gradients(model, BATCH)
     loss = model(**BATCH).loss
     assert len(planner.room.records()) == LAYERS
-    held = kept(model).held
+    held = models.kept_weights(model).held
     assert held == 4 * WEIGHTS
     assert planner.room.make("CUDA out of memory. Tried to allocate 20.00 KiB.", 0)
-    assert kept(model).held == 0
+    assert models.kept_weights(model).held == 0
     assert planner.room.dropped == 0
     assert len([record for record in planner.room.records() if record.held]) == LAYERS
     assert planner.room.make("CUDA out of memory. Tried to allocate 20.00 KiB.", 1)
@@ -151,7 +147,7 @@ def test_a_saved_plan_says_how_many_are_kept() -> None:
     follower.pin(agreed, [again], "a test says so")
     gradients(other, BATCH)
     assert plan_of(follower) == plan
-    assert kept(other).held == kept(model).held <= plan.parts[DECODED]
+    assert models.kept_weights(other).held == models.kept_weights(model).held <= plan.parts[DECODED]
 
 
 @pytest.mark.parametrize("case", ["DoRA", "16 bits", "keep", "full", "decoded", "fp8"])

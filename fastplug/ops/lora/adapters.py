@@ -193,5 +193,5 @@ class Adapters:
         product = mm(left.t(), x.h, wide)
         if x.weight is not None:
             weight = x.weight.detach()
-            product *= weight.to(wide) + x.offset if x.offset else weight
+            product *= (weight.to(wide) + x.offset) if x.offset else weight
         return product

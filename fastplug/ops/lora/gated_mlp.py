@@ -170,10 +170,11 @@ class GatedMLPFunction(torch.autograd.Function):
             last = graph_goes()
             if last:
                 ctx.down_xa = None
-            if last and ctx.hands_on:
+            hands_on = last and ctx.hands_on
+            if hands_on:
                 spec.gate_up.frees(gate_up, spec.down)
             dx, d_norm_weight, grads = backward(
-                spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last, ctx.base_only, last and ctx.hands_on
+                spec, g, h, rstd, norm_weight, gate_up, kept, stream, needs, last, ctx.base_only, hands_on
             )
         dx = None if dx is None else dx.view(shape)
         d_residual = dx.to(residual_dtype) if dx is not None and needs[2] and residual_dtype is not None else None

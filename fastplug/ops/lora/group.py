@@ -15,7 +15,7 @@ import torch
 
 from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
-from fastplug.ops.lora.kept_weights import KeptWeights, State, block_size
+from fastplug.ops.lora.kept_weights import Empty, KeptWeights, State, block_size
 from fastplug.ops.lora.matmul import joins, mm
 from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
 from fastplug.ops.recompute import checkpointing
@@ -169,14 +169,13 @@ class Group:
         if self.weights is None or not self.weights.may_be_handed or torch.compiler.is_compiling():
             return False
         again = checkpointing() != "nothing" or torch._C._current_graph_task_id() != -1  # the latter if reentrant
-        return not again and numbers >= sum(g.in_features * g.out_features for g in (self, *others))
+        return not again and numbers >= _numbers(self, *others)
 
     def frees(self, activation: torch.Tensor, *others: Group) -> None:
         """A backward that may leave the decoded weights of these groups frees this activation at its end."""
         if self.weights is not None:
-            weights = sum(g.in_features * g.out_features for g in (self, *others)) * self.dtype.itemsize
             size = activation.numel() * activation.element_size()
-            self.weights.frees(block_size(size, weights))
+            self.weights.frees(block_size(size, _numbers(self, *others) * self.dtype.itemsize))
 
     def add_input_share(self, dx: torch.Tensor, gb: torch.Tensor, kept: Kept) -> None:
         """Add the adapters' share to ``dx`` in place."""
@@ -224,9 +223,7 @@ class Group:
 
     # --- base weights ---------------------------------------------------------------------------------------------
 
-    def decoded(
-        self, encoded: Sequence[EncodedWeight] | None = None, empty: Callable[..., torch.Tensor] = torch.empty
-    ) -> torch.Tensor:
+    def decoded(self, encoded: Sequence[EncodedWeight] | None = None, empty: Empty = torch.empty) -> torch.Tensor:
         """All weights, read before or now, in one buffer [out_features, in_features] that ``empty`` allocates."""
         encoded = [p.read() for p in self.projections] if encoded is None else encoded
         shape = (self.out_features, self.in_features)
@@ -275,7 +272,7 @@ class Group:
             row += len(stored)
         return parts
 
-    def _decode(self, weight: EncodedWeight, empty: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def _decode(self, weight: EncodedWeight, empty: Empty) -> torch.Tensor:
         matrix = empty(weight.shape, dtype=self.dtype, device=weight.tensors[0].device)
         weight.decode(matrix, self.ops)
         return matrix
@@ -284,7 +281,7 @@ class Group:
         self,
         projections: Sequence[Projection],
         encoded: Sequence[EncodedWeight],
-        make: Callable[[Callable[..., torch.Tensor]], torch.Tensor],
+        make: Callable[[Empty], torch.Tensor],
         hands_on: bool,
     ) -> tuple[torch.Tensor, bool]:
         """Their decoded weight, kept or made, and whether it may be written over."""
@@ -294,6 +291,11 @@ class Group:
         size = sum(weight.shape[0] * weight.shape[1] for weight in encoded) * self.dtype.itemsize
         matrix, kept = self.weights.get(owners, str(self.dtype), partial(_state, encoded), make, device, hands_on, size)
         return matrix, not kept
+
+
+def _numbers(*groups: Group) -> int:
+    """How many numbers the weights of groups have."""
+    return sum(group.in_features * group.out_features for group in groups)
 
 
 def _state(encoded: Sequence[EncodedWeight]) -> State:

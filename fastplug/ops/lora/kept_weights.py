@@ -149,8 +149,8 @@ class KeptWeights:
             return False  # a compiler knows no addresses, and what is computed ahead is garbage
         if (self.keep is False and self.once is False) or any(owner is None for owner in owners):
             return False
-        goes = self.limit is not None or self.once is not False
-        return not (goes and recording(device))  # before the graph runs
+        may_go = self.limit is not None or self.once is not False  # before a graph that reads it runs
+        return not (may_go and recording(device))
 
     def _current(
         self, entries: dict[Hashable, Entry], key: Hashable, owners: Sequence[object], now: State
@@ -190,6 +190,8 @@ class KeptWeights:
 
     def let_go(self) -> int:
         """Drop what was handed to the next forward; returns the bytes of it."""
+        if not self._handed:  # as in each step of a generation
+            return 0
         size = self.handed
         self._handed.clear()
         self._block = None
