@@ -172,3 +172,51 @@ def test_all_layers_together_are_one_graph(device: torch.device) -> None:
     assert relative(found.detach(), expected.detach()) <= BOUND
     assert len(graphs.forward) == 1
     assert not breaks()
+
+
+def masks(mask: str) -> dict[str, torch.Tensor]:
+    """The arguments of a step whose mask is none, of ones, or with padding."""
+    batch = models.batch(length=8)
+    if mask == "none":
+        del batch["attention_mask"]
+    elif mask == "padded":
+        batch["attention_mask"][0, 5:] = 0
+        batch["labels"][0, 5:] = -100
+    return batch
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("mask", ["none", "ones", "padded"])
+def test_attention_gets_a_mask_only_of_padding(family: str, mask: str, device: torch.device) -> None:
+    """While it is traced, transformers makes one of nothing, and no flash kernel takes it."""
+    model = models.lora(models.plain(family, num_hidden_layers=2, sliding_window=64)).to(device)
+    fastplug.apply(model, strict=True, graphs="off")
+    batch = {name: tensor.to(device) for name, tensor in masks(mask).items()}
+    given: list[bool] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in module.graph.nodes:
+            if getattr(node.target, "__name__", "") == "scaled_dot_product_attention":
+                given.append(node.kwargs.get("attn_mask") is not None)
+        return module.forward
+
+    def step(call: Callable[..., Any]) -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        loss = call(**batch).loss
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+    expected, found = step(model), step(torch.compile(model, backend=backend))
+    assert found.keys() == expected.keys()
+    assert all(relative(found[name], expected[name]) <= BOUND for name in expected)
+    assert given == [mask == "padded"] * 2
+    assert not fastplug.report(model).fallbacks
+
+
+def test_a_window_shorter_than_the_rows_keeps_its_mask(device: torch.device) -> None:
+    model = models.lora(models.plain("mistral", num_hidden_layers=1, sliding_window=4)).to(device)
+    fastplug.apply(model, strict=True, graphs="off")
+    batch = {name: tensor.to(device) for name, tensor in masks("none").items()}
+    expected = model(**batch).loss
+    found = torch.compile(model, backend="aot_eager")(**batch).loss
+    assert relative(found.detach(), expected.detach()) <= BOUND

@@ -355,7 +355,8 @@ def test_torch_compile() -> None:
         gradients = {name: p.grad for name, p in twin.named_parameters() if p.requires_grad}
         assert_equal(Step(output.loss.detach(), output.logits.detach().clone(), gradients), expected)
     assert counters["stats"]["unique_graphs"] <= 2  # the layers, and the loss
-    assert all("graph_break()" in why or "_make_wrapper_subclass" in why for why in counters["graph_break"])
+    places = ("graph_break()", "_make_wrapper_subclass", "disable()`d")  # before the layers, and the logits after them
+    assert all(any(place in why for place in places) for why in counters["graph_break"])
     assert not fallbacks(twin)
     torch._dynamo.reset()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastplug.devices import kernel_reason
+from fastplug.ops.add_product import add_product
 
 GPU_BYTES = 512 * 2**20
 """Size of the logits buffer on an accelerator: 2048 rows of a 128k vocabulary in bf16 fill the matrix units."""
@@ -173,9 +174,9 @@ class _Head:
             hidden = hidden.to(self.weight.dtype)
             logits = self.buffer[: hidden.shape[0]]
             if self.bias is None:
-                logits.addmm_(hidden, transposed, beta=0)  # torch.compile takes no out= that is a view
+                add_product(logits, hidden, transposed, 0.0, 1.0)
             else:
-                logits.copy_(self.bias.expand_as(logits)).addmm_(hidden, transposed)
+                add_product(logits.copy_(self.bias.expand_as(logits)), hidden, transposed, 1.0, 1.0)
             yield rows, hidden, logits
 
 
@@ -205,7 +206,7 @@ class Gradients:
         """``gradient`` [C, V] with respect to the logits of ``hidden`` [C, H], which are ``rows`` of the whole."""
         if self.hidden is not None:
             if self.head.counted is None:
-                self.hidden[rows].addmm_(gradient, self.head.weight, beta=0)
+                add_product(self.hidden[rows], gradient, self.head.weight, 0.0, 1.0)
             else:
                 self.hidden.index_copy_(0, self.head.counted[rows], gradient @ self.head.weight)
         if self.bias is not None:
@@ -222,7 +223,7 @@ def _product(out: Tensor, gradient: Tensor, hidden: Tensor, accumulate: bool) ->
     """``gradientᵀ·hidden`` into ``out`` [V, H], in the accuracy of ``out``."""
     transposed = gradient.t()
     if out.dtype == hidden.dtype:
-        out.addmm_(transposed, hidden, beta=int(accumulate))
+        add_product(out, transposed, hidden, float(accumulate), 1.0)
     elif not torch.compiler.is_compiling() and _accumulates(hidden.device, hidden.dtype):
         torch.ops.aten.addmm.dtype_out(out, transposed, hidden, out.dtype, beta=int(accumulate), out=out)
     else:

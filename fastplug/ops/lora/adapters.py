@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastplug.ops.adapter_gradients.reference import Places
+from fastplug.ops.add_product import add_product
 from fastplug.ops.lora.matmul import drop, joins, mm, undrop
 from fastplug.ops.lora.projection import PER_PROJECTION, FromOutput, Grads, Kept, Normed, Projection
 from fastplug.ops.table import OpTable
@@ -59,7 +60,7 @@ class Adapters:
 
     def _scaled(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """scaling · left @ right into ``out`` [tokens, rank]; the factor comes before the rounding if it is one."""
-        out.addmm_(left, right, beta=0, alpha=1.0 if self.scaling is None else self.scaling)
+        add_product(out, left, right, 0.0, 1.0 if self.scaling is None else self.scaling)
         return self._scaled_apart(out)
 
     def scaled(self, product: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ class Adapters:
         for p, _, columns in self.blocks:  # PEFT drops the input of each adapter on its own, in this order
             dropped, mask = drop(x, p.dropout)
             masks.append(mask)
-            xa[:, columns].addmm_(dropped, a[columns].t(), beta=0, alpha=p.scaling)
+            add_product(xa[:, columns], dropped, a[columns].t(), 0.0, p.scaling)
         return kept._replace(xa=xa, masks=tuple(masks))
 
     def add(self, out: torch.Tensor, kept: Kept, start: bool, factor: float) -> bool:
@@ -112,7 +113,7 @@ class Adapters:
         if kept.xa is None or kept.b is None:
             return start
         for rows, columns in self.tiles(out):
-            out[:, rows].addmm_(kept.xa[:, columns], kept.b[rows, columns].t(), beta=1 if start else 0, alpha=factor)
+            add_product(out[:, rows], kept.xa[:, columns], kept.b[rows, columns].t(), 1.0 if start else 0.0, factor)
         return True
 
     # --- backward -------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Adapters:
         if len(tiles) == 1:
             return self._scaled(g, kept.b, out)
         for (rows, columns), block in zip(tiles, self.blocks, strict=True):
-            out[:, columns].addmm_(g[:, rows], kept.b[rows, columns], beta=0, alpha=block.projection.scaling)
+            add_product(out[:, columns], g[:, rows], kept.b[rows, columns], 0.0, block.projection.scaling)
         return out
 
     def dx(self, gb: torch.Tensor, kept: Kept) -> torch.Tensor:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from fastplug.ops import ahead
+from fastplug.ops.add_product import add_product
 from fastplug.ops.launch import recording
 from fastplug.ops.lora.group import Group, Weight
 from fastplug.ops.lora.kept_weights import KeptWeights
@@ -121,7 +122,7 @@ class DoraGroup(Group):
         z = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device=x.device)
         start = self.adapted.add(z, kept, False, 1.0)
         for weight, rows, _ in parts:
-            z[:, rows].addmm_(x, weight.t(), beta=1 if start else 0)
+            add_product(z[:, rows], x, weight.t(), 1.0 if start else 0.0, 1.0)
         return z
 
     def _output(self, x: torch.Tensor, kept: Kept, parts: list[Weight]) -> torch.Tensor:
@@ -162,7 +163,7 @@ class DoraGroup(Group):
             s = 1.0
         wa = [mm(weight.matrix, kept.a.t(), wide) for weight in parts]
         product = wa[0] if len(wa) == 1 else torch.cat(wa)
-        product.addmm_(b, mm(kept.a, kept.a.t(), wide), beta=2, alpha=s)  # 2 W Aᵀ + s B A Aᵀ
+        add_product(product, b, mm(kept.a, kept.a.t(), wide), 2.0, s)  # 2 W Aᵀ + s B A Aᵀ
         change = product.mul_(b).sum(1)
         magnitudes = [b.new_ones(p.shape[0]) if p.magnitude is None else p.magnitude.detach() for p in self.projections]
         scale = torch.cat([*(m.to(wide) for m in magnitudes), self._squares(parts, wide)]).view(2, -1)
@@ -204,7 +205,7 @@ class DoraGroup(Group):
         kept = kept._replace(scale=self._scales(parts, kept))
         self.adapted.add(z.zero_(), kept, True, 1.0)
         for weight, rows, mask, p in self._each(parts, kept.masks):
-            z[:, rows].addmm_(undrop(x, mask, p.dropout), weight.t())
+            add_product(z[:, rows], undrop(x, mask, p.dropout), weight.t(), 1.0, 1.0)
         return kept._replace(output=z)
 
     def _each(
@@ -223,7 +224,7 @@ class DoraGroup(Group):
     def _add_undropped(self, y: torch.Tensor, x: torch.Tensor, kept: Kept) -> None:
         for weight, rows, mask, p in self._each(self._weights(), kept.masks):
             if mask is not None:
-                y[:, rows].addmm_(x - undrop(x, mask, p.dropout), weight.t())
+                add_product(y[:, rows], x - undrop(x, mask, p.dropout), weight.t(), 1.0, 1.0)
 
     # --- backward -------------------------------------------------------------------------------------------------
 
@@ -242,9 +243,9 @@ class DoraGroup(Group):
         dx = self.adapted.dx(gb, kept)
         for weight, rows, decoded in self._weights():
             if scale_weight:
-                dx.addmm_(g[:, rows], self._rows(weight, scale[rows], weight if decoded else None))
+                add_product(dx, g[:, rows], self._rows(weight, scale[rows], weight if decoded else None), 1.0, 1.0)
             else:
-                dx.addmm_(self._columns(g[:, rows], scale[rows]), weight)
+                add_product(dx, self._columns(g[:, rows], scale[rows]), weight, 1.0, 1.0)
         return dx, found
 
     def _dropped_dx(self, g: torch.Tensor, gb: torch.Tensor, kept: Kept) -> torch.Tensor:
@@ -253,9 +254,9 @@ class DoraGroup(Group):
         for weight, rows, mask, p in self._each(self._weights(), kept.masks):
             part = g[:, rows]
             if mask is None:
-                dx.addmm_(self._columns(part, scale[rows]), weight)
+                add_product(dx, self._columns(part, scale[rows]), weight, 1.0, 1.0)
             else:
-                dx.addmm_(part, weight)
+                add_product(dx, part, weight, 1.0, 1.0)
                 dx.add_(undrop(self._columns(part, scale[rows] - 1) @ weight, mask, p.dropout))
         return dx
 

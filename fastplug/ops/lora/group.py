@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fastplug.ops.add_product import add_product
 from fastplug.ops.lora.adapters import Adapters
 from fastplug.ops.lora.fp8_base import Fp8
 from fastplug.ops.lora.kept_weights import Empty, KeptWeights, State, block_size
@@ -111,7 +112,7 @@ class Group:
     ) -> torch.Tensor:
         """factor · (x Wᵀ + bias) in ``out``, added to what is there if ``start``; ``base`` as in :class:`Kept`."""
         for weight, rows, _ in self._weights(base):
-            out[:, rows].addmm_(x, weight.t(), beta=1 if start else 0, alpha=factor)
+            add_product(out[:, rows], x, weight.t(), 1.0 if start else 0.0, factor)
         return self._biased(out, factor)
 
     def add_output_share(self, y: torch.Tensor, kept: Kept) -> None:
@@ -159,7 +160,7 @@ class Group:
         if dx is None:
             dx = torch.empty(g.shape[0], self.in_features, dtype=self.dtype, device=g.device)
         for weight, rows, _ in self._weights(kept.base, hands_on):
-            dx.addmm_(g[:, rows], weight, beta=1 if start else 0)
+            add_product(dx, g[:, rows], weight, 1.0 if start else 0.0, 1.0)
             start = True
         return dx
 

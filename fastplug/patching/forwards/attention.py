@@ -23,6 +23,7 @@ from fastplug.ops.lora.linear import lora_linear
 from fastplug.ops.rope.autograd import rope
 from fastplug.patching import caches
 from fastplug.patching.forwards.blocks import interception, read_group, read_projections
+from fastplug.patching.forwards.step_cache import stands_in
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
@@ -216,6 +217,8 @@ def attend(
     else:
         function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[implementation]
     dropout: Any = attention.attention_dropout if attention.training else 0.0
+    if torch.compiler.is_compiling() and stands_in(cache) and _sees_all(attention, q):
+        mask = None
     if type(mask) is DocumentMask and implementation == "sdpa" and _documents_only(q, k, dropout, rest):
         scaling: Any = attention.scaling
         arguments = (mask.documents, mask.window, scaling)
@@ -233,6 +236,16 @@ def attend(
         return keep(own, q, k, v)  # type: ignore[no-any-return]
     with _backend(runtime, implementation, q, mask, dropout), keeping_sdpa():
         return own(q, k, v)
+
+
+def _sees_all(attention: nn.Module, q: torch.Tensor) -> bool:
+    """Whether each token of q [B, heads, S, D] sees all before it in a step without a mask and with documents in none
+    of its rows: while it is traced, transformers makes a mask for it all the same, with which no flash kernel runs."""
+    config: Any = attention.config
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    limits = (window, getattr(config, "attention_chunk_size", None))
+    causal = bool(getattr(attention, "is_causal", True))
+    return causal and all(limit is None or q.shape[2] < limit for limit in limits)
 
 
 def _documents_only(q: torch.Tensor, k: torch.Tensor, dropout: float, arguments: dict[str, Any]) -> bool:

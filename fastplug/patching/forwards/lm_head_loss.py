@@ -21,7 +21,7 @@ from fastplug.ops.linear_cross_entropy import linear_cross_entropy
 from fastplug.patching import caches
 from fastplug.patching.forwards.labels import Labels
 from fastplug.patching.forwards.lazy_logits import LazyLogits
-from fastplug.patching.forwards.step_cache import step_cache
+from fastplug.patching.forwards.step_cache import step_cache, unpadded
 from fastplug.patching.inspection import global_hooks
 from fastplug.patching.packed import CU_SEQLENS, warn_of_crossing
 from fastplug.patching.projection import base_layer, read
@@ -44,7 +44,10 @@ def forward(model: nn.Module, binding: Binding, *args: Any, **kwargs: Any) -> An
     if torch.compiler.is_compiling():
         # The lazy logits below cannot be traced. A break here, before the model is traced, spares every caller's frame
         # from tracing all of it only to find that.
-        torch._dynamo.graph_break()
+        if kwargs.get("position_ids") is None and kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = unpadded(kwargs["attention_mask"])  # which is not traced: a break, too
+        else:
+            torch._dynamo.graph_break()
     kwargs.pop("logits_to_keep", None)
     wanted = Labels(labels, kwargs)
     stand_in = without_cache(model, kwargs, binding.runtime)
@@ -131,7 +134,7 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any], runtime: Runtime) ->
     backbone = getattr(model, model.base_model_prefix)  # type: ignore[call-overload]
     if not no_mask or caches.given(kwargs) is not None:
         return False
-    planned = runtime.memory is not None and runtime.memory.off is None
+    planned = runtime.memory is not None and runtime.memory.off is None and not torch.compiler.is_compiling()
     if getattr(backbone, "gradient_checkpointing", False) and not planned:  # it takes caches away from its layers
         return False
     kwargs[caches.name_in(type(backbone).forward)] = step_cache()

@@ -1,4 +1,4 @@
-"""A key-value cache that keeps nothing, for the forward of a training step.
+"""A key-value cache that keeps nothing, for the forward of a training step that has no mask.
 
 Given neither a mask nor a cache, transformers looks for packed sequences in the positions, even in those it has just
 counted up itself, and waits for the GPU to answer (from 5.0; before, it builds a mask that no flash kernel takes). It
@@ -45,4 +45,25 @@ def _step_cache_class() -> type:
 
 def step_cache() -> Any:
     """A new stand-in, of transformers' own ``Cache`` type."""
-    return _step_cache_class()()
+    return _made()()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler cannot trace how it is made
+def _made() -> type:
+    return _step_cache_class()
+
+
+def stands_in(cache: Any) -> bool:
+    """Whether this is such a cache."""
+    return type(cache).__name__ == "StepCache"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def unpadded(mask: Any) -> Any:
+    """A mask [B, S] of a batch, or None in the place of one that masks nothing.
+
+    transformers looks, too, and waits for the GPU to tell; but not while it is traced, and then no flash kernel runs.
+    """
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask == 1).all()):
+        return None
+    return mask
