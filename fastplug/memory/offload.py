@@ -187,6 +187,12 @@ class Offloader:
         """Bytes of host memory that are held for offloading, in use or not."""
         return self.pool.pieces * PIECE
 
+    @property
+    def staged(self) -> int:
+        """Bytes on the device that wait there to be copied out, or are back for a backward."""
+        groups = self._alive()
+        return sum(handle.size for group in groups for handle in group.handles if handle.on_device is not None)
+
     def group(self, skip: Collection[int] = ()) -> Group:
         """For a layer whose forward begins now.
 
@@ -207,11 +213,11 @@ class Offloader:
 
     def clear(self) -> int:
         """Let everything leave the device that is waiting there; the bytes that frees."""
-        staged = [handle for group in self._alive() for handle in group.handles if handle.on_device is not None]
+        staged = self.staged
         for group in self._alive():
             group.leave()
         self._entered = None
-        return sum(handle.size for handle in staged)
+        return staged
 
     @property
     def latest(self) -> Group:

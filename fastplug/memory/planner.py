@@ -117,7 +117,11 @@ class Planner:
         if not self.stock.calibration.watching or self.records:  # to record, and to replay, is another matter
             return None
         policy = self.plan.policies[index]
-        return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy], self._decoded.size)
+        return self.stock.calibration.observe(policy, self.estimate(self.plan)[index][policy], self._aside)
+
+    def _aside(self) -> int:
+        """Bytes that are allocated now and come and go beside what a layer keeps."""
+        return self._decoded.size() + sum(offloader.staged for offloader in self._offloaders())
 
     def estimate(self, plan: Plan) -> tuple[LayerCosts, ...]:
         """The costs that were reasoned for the shape of a plan."""
@@ -245,6 +249,8 @@ class Planner:
         assert self.agreed is not None
         if self.options.memory in FORCED:
             return self.count
+        if self._reading.cut_up(plan):
+            return 0
         shape = plan.batch, plan.sequence
         known, count = self._left.get(shape, (None, 0))
         if known is not plan:

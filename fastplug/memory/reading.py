@@ -22,6 +22,7 @@ from fastplug.memory.host_memory import copy_rate
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
 from fastplug.memory.shapes import ModelShape
+from fastplug.ops.lora.kept_weights import LARGEST_BLOCK
 from fastplug.options import Options
 from fastplug.patching.sites import KEY, Site
 from fastplug.patching.weights import planned
@@ -124,6 +125,11 @@ class Reading:
             return 0, 0.0
         step = Step.of(self.shape, batch, length, gpu=self._gpu)
         return keepable(self.shape, step, self._gpu)
+
+    def cut_up(self, plan: Plan) -> bool:
+        """Whether activations are so much larger than weights that decoded weights in their place would cut up the
+        memory which activations need next."""
+        return plan.batch * plan.sequence > LARGEST_BLOCK * self.shape.hidden
 
     def handed(self, plan: Plan) -> list[int]:
         """Bytes at most of decoded weights that the backward of each layer may leave to the next forward."""

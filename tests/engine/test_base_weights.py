@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastplug
 from fastplug.errors import OptionError
+from fastplug.memory.reading import Reading
 from fastplug.ops.lora.group import Group
 from fastplug.ops.lora.kept_weights import RENEWALS, KeptWeights
 from tests import models
@@ -248,6 +249,16 @@ def test_decoded_once_a_step_under_a_plan(device, long_batch, decoded, memory):
         same(step(twin, long_batch), expected)
     assert memory != "keep" or models.kept_weights(twin).handed > 0
     assert models.kept_weights(twin).once
+
+
+@pytest.mark.parametrize(("length", "leaves"), [(64, True), (65, False)])
+def test_under_a_plan_nothing_is_left_in_the_place_of_much_larger_activations(device, monkeypatch, length, leaves):
+    """It would cut up memory that they need next: more tokens than two times the width."""
+    monkeypatch.setattr(Reading, "decoded", lambda *_: (0, 0.0))  # no room for weights that stay
+    twin = patched(models.qlora().to(device), base_weights="once", memory="2GiB", graphs="off")
+    step(twin, {name: value.to(device) for name, value in models.batch(2, length).items()})
+    assert twin.config.hidden_size == 64
+    assert (models.kept_weights(twin).handed > 0) == leaves
 
 
 def test_what_was_handed_on_is_of_the_weights_as_they_are():

@@ -101,6 +101,19 @@ def test_two_layers_are_on_the_device_at_a_time(mover: Offloader, device: torch.
         assert resident() == now
 
 
+def test_what_is_staged_is_counted(mover: Offloader, device: torch.device) -> None:
+    assert mover.staged == 0
+    first, second = mover.group(), mover.group()
+    kept = [group.pack(random(device, 1000)) for group in (first, first, second)]
+    assert mover.staged == 12000
+    first.leave()
+    assert mover.staged == 4000
+    first.unpack(kept[0])  # the second, which comes before it in a backward, leaves
+    assert mover.staged == 8000
+    assert mover.clear() == 8000
+    assert mover.staged == 0
+
+
 def test_pieces_are_given_back_when_a_graph_is_gone(mover: Offloader, device: torch.device) -> None:
     group = mover.group()
     packed = group.pack(random(device, 1000))
