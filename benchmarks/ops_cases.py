@@ -259,7 +259,7 @@ def adapted_glu(s: Sizes) -> Iterator[Case]:
         upstream = outs[1][rows].double(), gb[rows].double()
         truth = reference.backward(*upstream, both[rows].double(), wide, "silu", true_grad)
         own = [(part.to(BF16), other) for part, other in zip(thin.b, truth.b)]
-        return judged((out, true), (grad, true_grad), (through.to(BF16), exact), (thin.gb.to(BF16), truth.gb),
+        return judged((out, true), (grad, true_grad), (through, exact), (thin.gb, truth.gb),
                       (thin.a.to(BF16), truth.a), *own)  # fmt: skip
 
     def forward(out: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "length"), [(2, 256), (4, 2048)])
 def test_a_compiled_step_is_not_slower(kind: str, rows: int, length: int) -> None:
     """Both patched, both without CUDA graphs (a compiled layer is not recorded), in turns: the host's speed drifts."""
-    model = build(kind, layers=4, width=2048)
+    model = build(kind, layers=2, width=2048)
     twin = copy.deepcopy(model)
     for one in (model, twin):
         fastplug.apply(one, strict=True, graphs="off")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastplug.ops import gluon
 from fastplug.ops.adapted_glu import kernel, reference
-from fastplug.ops.adapted_glu.reference import Adapted
+from fastplug.ops.adapted_glu.reference import Adapted, Thin
 from fastplug.ops.glu import reference as glu
 from fastplug.ops.lora.attention_input import Norm
 from fastplug.ops.lora.gated_mlp import GatedMLP, gated_mlp
@@ -25,7 +25,7 @@ from tests.ops.gluon_on_cpu import emulated
 from tests.ops.test_lora_products import HIDDEN, INNER, TOKENS, mlp_reference, projection
 
 BF16 = torch.bfloat16
-NAMES = ["out", "xa of down", "d_gate_up", "gb", "d b", "d a"]
+NAMES = ["out", "xa of down", "d_gate_up", "gb", "d b", "d a", "normed gb"]
 needs_gluon = pytest.mark.skipif(not gluon.recent(), reason="this Triton has not what the kernel is written in")
 
 
@@ -52,6 +52,9 @@ class Case:
             rows = slice(i * self.width, (i + 1) * self.width)
             self.b[rows, columns] = 0.3 * self.random(self.width, columns.stop - columns.start)
         self.d_out, self.gb = self.random(self.tokens, self.width), self.random(self.tokens, down)
+        self.scaling, self.scalings = 0.7, (1.5, 1.5 if self.joint else 0.6)  # of down, of gate and up
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.rstd = 0.5 + torch.rand(self.tokens, device=self.device, dtype=wide)
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
@@ -69,16 +72,30 @@ class Case:
         upstream = self.d_out.to(dtype), self.gb.to(dtype)
         grads = torch.autograd.grad([out, through], [gate_up, xa, b, a], upstream)
         of_b = torch.cat([part[:, columns].flatten() for part, columns in zip(grads[2].chunk(2), self.columns)])
-        return [out.detach(), through.detach(), *grads[:2], of_b, grads[3]]
+        factors = torch.empty(xa.shape[1], dtype=dtype, device=self.device)
+        for columns, scaling in zip(self.columns, self.scalings):
+            factors[columns] = scaling
+        of_xa = grads[1] * factors
+        normed = (of_xa * self.rstd[:, None]).to(dtype)
+        return [out.detach(), self.scaling * through.detach(), grads[0], of_xa, of_b, grads[3], normed]
 
     def run(self, op: Any) -> list[torch.Tensor]:
         out = torch.full((self.tokens, self.width), float("nan"), dtype=self.dtype, device=self.device)
         d_gate_up = torch.full_like(self.gate_up, float("nan"))
-        xa = op.forward(self.gate_up, self.adapted, self.activation, out)
-        thin = op.backward(self.d_out, self.gb, self.gate_up, self.adapted, self.activation, d_gate_up)
+        xa = op.forward(self.gate_up, self.adapted, self.activation, out, self.scaling)
+        thin = self.backward(op, self.gate_up, d_gate_up)
         assert xa is not None
-        assert thin is not None
-        return [out, xa, d_gate_up, thin.gb, torch.cat([part.flatten() for part in thin.b]), thin.a]
+        assert thin.normed is not None
+        return [out, xa, d_gate_up, thin.gb, torch.cat([part.flatten() for part in thin.b]), thin.a, thin.normed]
+
+    def backward(self, op: Any, gate_up: torch.Tensor, d_gate_up: torch.Tensor) -> Thin:
+        operands = (self.d_out, self.gb, gate_up, self.adapted, self.activation, d_gate_up, self.scalings)
+        thin: Thin = op.backward(*operands, self.rstd)
+        bare = op.backward(*operands[:-2], torch.empty_like(d_gate_up))
+        assert bare.normed is None
+        factor = torch.tensor(self.scalings[0], device=self.device).to(thin.gb.dtype)
+        torch.testing.assert_close(bare.gb[:, self.columns[0]] * factor, thin.gb[:, self.columns[0]])
+        return thin
 
     def check(self, found: list[torch.Tensor]) -> None:
         assert_as_accurate(found, self.autograd(self.dtype), self.autograd(torch.float64), NAMES)
@@ -155,7 +172,7 @@ def test_the_kernel_on_a_gpu(case, hopper):
 def test_over_gate_and_up_on_a_gpu(hopper):
     made = Case(500, 1024, device=hopper)
     found, base = made.run(kernel), made.gate_up.clone()
-    thin = kernel.backward(made.d_out, made.gb, base, made.adapted, "silu", base)
+    thin = kernel.backward(made.d_out, made.gb, base, made.adapted, "silu", base, made.scalings, made.rstd)
     assert thin is not None
     assert torch.equal(base, found[2])
     assert torch.equal(thin.gb, found[3])

@@ -83,13 +83,20 @@ SIZES = [[(64, 16)], [(300, 8)], [(520, 16), (70, 16), (64, 16)], [(256, 32), (4
 def test_as_accurate_as_pytorch(op, device, dtype, sizes, tokens):
     if op is kernel and dtype == torch.float32 and device.type == "cuda":
         pytest.skip("the kernel is for 16 bits; the interpreter's products are right in 32")
-    given = operands(tokens, sizes, dtype, device)
-    gb, of_b = op.gradients(*given)
-    assert gb.dtype == dtype
+    given, rstd = operands(tokens, sizes, dtype, device), 0.5 + torch.rand(tokens, device=device)
+    gb, of_b, normed = op.gradients(*given, rstd)
+    assert gb.dtype == normed.dtype == dtype
     assert all(part.dtype == torch.float32 for part in of_b)
-    names = ["g B", *(f"d B {i}" for i in range(len(of_b)))]
-    assert_as_accurate([gb, *of_b], one_by_one(given, dtype), one_by_one(given, torch.float64), names)
+    names = ["normed g B", "g B", *(f"d B {i}" for i in range(len(of_b)))]
+    theirs, truth = (one_by_one(given, kind) for kind in (dtype, torch.float64))
+    assert_as_accurate(
+        [normed, gb, *of_b],
+        [(theirs[0] * rstd[:, None]).to(dtype), *theirs],
+        [truth[0] * rstd[:, None].double(), *truth],
+        names,
+    )
     again = op.gradients(*given)
+    assert again[2] is None
     assert torch.equal(gb, again[0])
     assert all(torch.equal(mine, other) for mine, other in zip(of_b, again[1]))
 
@@ -108,7 +115,7 @@ def test_rows_may_lie_apart(op, device, pad):
 def test_of_a_large_model(device, sizes):
     given = operands(8200, sizes, torch.bfloat16, device)
     assert given.suits()
-    gb, of_b = kernel.gradients(*given)
+    gb, of_b, _ = kernel.gradients(*given)
     assert_as_accurate([gb, *of_b], one_by_one(given, torch.bfloat16), one_by_one(given, torch.float64))
 
 

@@ -61,9 +61,40 @@ def test_two_programs_of_the_gated_unit_share_a_multiprocessor(compiled: list[di
         assert kernel["singles"] == 0, kernel
 
 
+def test_what_they_sum_up_apart_is_added_up_in_registers(compiled: list[dict[str, Any]]) -> None:
+    sums = [kernel for kernel in compiled if "added" in kernel]
+    assert len(sums) == 4 * len(UNITS)
+    assert all(kernel["spilled"] == 0 for kernel in sums), sums
+
+
 def main() -> None:
     products()
     units()
+    sums()
+
+
+def sums(tokens: int = 256, width: int = 512) -> None:
+    from fastplug.ops.adapted_glu import sums
+    from fastplug.ops.adapted_glu.sizes import Stretches, blocks_per_column
+    from tests.ops.ahead_of_time import compiling, resources
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    stretches = Stretches(4, 16, 7)
+    for rank, _ in UNITS:
+        sub = blocks_per_column(rank)
+        parts = empty(width // 64 // sub, tokens, 2 * rank), empty(3, 3, width, rank, dtype=torch.float32)
+        of_b, of_a = (empty(*shape, dtype=torch.float32) for shape in ((2, width, rank), (rank, width)))
+        with compiling(HOPPER) as kernels:
+            sums.of_rows(empty(3, tokens, rank, dtype=torch.float32), stretches, 0.5, empty(tokens, rank))
+            for last, rstd in ((0, None), (rank, None), (rank, empty(tokens, dtype=torch.float32))):
+                normed = None if rstd is None else empty(tokens, last + rank)
+                out = sums.Columns(empty(tokens, last + rank), normed, rstd, of_b, of_a)
+                columns = slice(0, rank), slice(last, last + rank)
+                sums.of_columns(*parts, stretches, sub, columns, (0.5, 0.5), out, add=rstd is None)
+        for name, kernel in kernels:
+            print(json.dumps({"added": name, "rank": rank, **resources(kernel)}), flush=True)
 
 
 def units(tokens: int = 256, width: int = 512) -> None:

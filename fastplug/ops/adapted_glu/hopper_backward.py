@@ -18,14 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastplug.ops.adapted_glu.sizes import TILE, blocks_per_column
+from fastplug.ops.adapted_glu.sizes import TILE, Stretches, blocks_per_column
 from fastplug.ops.adapted_glu.tiles import (
     WARPS,
     async_load,
     async_store,
     barrier,
     share,
-    slots,
     value_and_slope,
 )
 from fastplug.ops.ahead import launched
@@ -270,8 +269,9 @@ def launch(
     sub: int | None = None,
     stages: int | None = None,
     residents: int = 2,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write ``d_gate_up``; returns the parts of the thin products, see :func:`_backward_kernel`."""
+) -> tuple[torch.Tensor, torch.Tensor, Stretches, int]:
+    """Write ``d_gate_up``; returns the parts of the thin products, see :func:`_backward_kernel`, which programs wrote
+    them (those of a column in the first slots, nobody in the others), and how many tiles of channels a column has."""
     T, N = d_out.shape
     sub = blocks_per_column(rank) if sub is None else sub
     stages = (3 if rank < 64 else 2) if stages is None else stages  # in 113 KiB, so that two programs are resident
@@ -279,8 +279,8 @@ def launch(
     units = columns * token_blocks
     programs = min(units, residents * processors)
     gb_parts = torch.empty(columns, T, 2 * rank, dtype=d_out.dtype, device=d_out.device)
-    count = slots(token_blocks, units, programs)
-    ab_parts = torch.zeros(count, 3, N, rank, dtype=torch.float32, device=d_out.device)
+    stretches = Stretches(token_blocks, units, programs)
+    ab_parts = torch.empty(stretches.slots, 3, N, rank, dtype=torch.float32, device=d_out.device)
     tensors = (d_out, gate_up[:, :N], gate_up[:, N:], d_gate_up[:, :N], d_gate_up[:, N:])
     with on_device(gate_up):
         launched(_backward_kernel, (programs,))(
@@ -288,4 +288,4 @@ def launch(
             matrix(a, rank, TILE), gb_parts, ab_parts, T, N, token_blocks, units, programs, activation, rank, sub,
             stages, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return gb_parts, ab_parts
+    return gb_parts, ab_parts, stretches, sub

@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastplug.ops.adapted_glu.sizes import TILE
-from fastplug.ops.adapted_glu.tiles import WARPS, async_load, async_store, barrier, share, slots, value
+from fastplug.ops.adapted_glu.sizes import TILE, Stretches
+from fastplug.ops.adapted_glu.tiles import WARPS, async_load, async_store, barrier, share, value
 from fastplug.ops.ahead import launched
 from fastplug.ops.descriptors import matrix
 from fastplug.ops.launch import on_device
@@ -135,19 +135,21 @@ def launch(
     activation: str,
     stages: int | None = None,
     residents: int | None = None,
-) -> torch.Tensor:
-    """Write ``out``; returns the parts of out Aᵀ, see :func:`_forward_kernel`."""
+) -> tuple[torch.Tensor, Stretches]:
+    """Write ``out``; returns the parts of out Aᵀ, see :func:`_forward_kernel`, and which programs wrote them: those of
+    a row of tiles in the first slots, nobody in the others."""
     T, N = out.shape
     stages = (3 if rank < 64 else 2) if stages is None else stages
     residents = (3 if rank == 16 else 2) if residents is None else residents
     blocks = triton.cdiv(N, TILE)
     tiles = blocks * triton.cdiv(T, TILE)
     programs = min(tiles, residents * processors)
-    xa_parts = torch.zeros(slots(blocks, tiles, programs), T, rank, dtype=torch.float32, device=out.device)
+    stretches = Stretches(blocks, tiles, programs)
+    xa_parts = torch.empty(stretches.slots, T, rank, dtype=torch.float32, device=out.device)
     with on_device(gate_up):
         launched(_forward_kernel, (programs,))(
             *(matrix(t, TILE, TILE) for t in (gate_up[:, :N], gate_up[:, N:], out)),
             *(matrix(t, TILE, rank) for t in (*xa, *b)), matrix(a, rank, TILE), xa_parts, T, blocks, tiles, programs,
             activation, rank, stages, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return xa_parts
+    return xa_parts, stretches

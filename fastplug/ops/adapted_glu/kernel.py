@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastplug.ops.adapted_glu import sums
 from fastplug.ops.adapted_glu.reference import Adapted, Thin
 from fastplug.ops.adapted_glu.sizes import CHUNK, compiled_rank, covers
 from fastplug.ops.gluon import aligned, attempt, multiprocessors
@@ -38,10 +39,17 @@ def suits(tokens: int, adapted: Adapted, activation: str) -> bool:
     return bool(multiprocessors(xa.device)) and all(map(aligned, (xa, b, a)))
 
 
-def forward(gate_up: torch.Tensor, adapted: Adapted, activation: str, out: torch.Tensor) -> torch.Tensor | None:
+def forward(
+    gate_up: torch.Tensor, adapted: Adapted, activation: str, out: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor | None:
     """See :func:`fastplug.ops.adapted_glu.reference.forward`."""
-    parts = _attempt("forward", adapted, activation, gate_up, out)
-    return None if parts is None else parts.sum(0)[:, : len(adapted.a)]
+    found = _attempt("forward", adapted, activation, gate_up, out)
+    if found is None:
+        return None
+    xa = torch.empty(len(out), len(adapted.a), dtype=out.dtype, device=out.device)
+    parts, stretches = found
+    sums.of_rows(parts, stretches, scaling, xa)
+    return xa
 
 
 def backward(
@@ -51,36 +59,29 @@ def backward(
     adapted: Adapted,
     activation: str,
     d_gate_up: torch.Tensor,
+    scalings: tuple[float, float] = (1.0, 1.0),
+    rstd: torch.Tensor | None = None,
 ) -> Thin | None:
     """See :func:`fastplug.ops.adapted_glu.reference.backward`."""
     if not all(map(aligned, (d_out, gb, gate_up, d_gate_up))):  # those of the forward are, where it suits
         return None
-    rank, sums = _rank(adapted), []
-    for start in range(0, len(d_out), CHUNK):
+    (tokens, width), device = d_out.shape, d_out.device
+    of_xa = torch.empty(adapted.xa.shape, dtype=d_out.dtype, device=device)
+    normed = None if rstd is None else torch.empty_like(of_xa)
+    of_b = torch.empty(2, width, _rank(adapted), dtype=torch.float32, device=device)
+    of_a = torch.empty(adapted.a.shape, dtype=torch.float32, device=device)
+    for start in range(0, tokens, CHUNK):
         rows = slice(start, start + CHUNK)
         mine = adapted._replace(xa=adapted.xa[rows])
-        parts = _attempt("backward", mine, activation, d_out[rows], gb[rows], gate_up[rows], d_gate_up[rows])
-        if parts is None:
+        found = _attempt("backward", mine, activation, d_out[rows], gb[rows], gate_up[rows], d_gate_up[rows])
+        if found is None:
             return None
-        sums.append([part.sum(0, dtype=torch.float32) for part in parts])
-    thin = sums[0][0] if len(sums) == 1 else torch.cat([part for part, _ in sums])
-    of_matrices = sums[0][1]
-    for _, part in sums[1:]:
-        of_matrices.add_(part)
-    widths = [columns.stop - columns.start for columns in adapted.columns]
-    b = tuple(of_matrices[i, :, :width] for i, width in enumerate(widths))
-    return Thin(_in_columns(thin, adapted, rank), b, of_matrices[2, :, : len(adapted.a)].t())
-
-
-def _in_columns(thin: torch.Tensor, adapted: Adapted, rank: int) -> torch.Tensor:
-    """The gradient of ``adapted.xa`` from gate's columns and up's [T, 2 rank], each filled up with zeros."""
-    gate, up = adapted.columns
-    if (gate, up) == (slice(0, rank), slice(rank, 2 * rank)):
-        return thin
-    total = torch.zeros_like(adapted.xa, dtype=thin.dtype)
-    for i, columns in enumerate((gate, up)):
-        total[:, columns] += thin[:, i * rank : i * rank + columns.stop - columns.start]
-    return total
+        gb_parts, ab_parts, stretches, sub = found
+        times_rstd = (None, None) if normed is None or rstd is None else (normed[rows], rstd[rows])
+        out = sums.Columns(of_xa[rows], times_rstd[0], times_rstd[1], of_b, of_a)
+        sums.of_columns(gb_parts, ab_parts, stretches, sub, adapted.columns, scalings, out, add=start > 0)
+    ranks = [columns.stop - columns.start for columns in adapted.columns]
+    return Thin(of_xa, tuple(of_b[i, :, :rank] for i, rank in enumerate(ranks)), of_a, normed)
 
 
 def _ranks(adapted: Adapted) -> list[int]:

@@ -29,17 +29,20 @@ class Adapted(NamedTuple):
 
 
 class Thin(NamedTuple):
-    """What the backward sums up beside the gradients of gate and up, in fp32 or wider.
+    """What the backward sums up beside the gradients of gate and up.
 
     Attributes:
-        gb: The gradient of ``xa``, [T, rank].
-        b: That of ``b`` where it is not zero: of the gate's rows and columns, and of up's, each [N, its rank].
-        a: That of ``a``, [rank, N].
+        gb: The gradient of ``xa`` times s, [T, rank] in its dtype.
+        b: That of ``b`` where it is not zero: of the gate's rows and columns, and of up's, each [N, its rank] in fp32
+            or wider.
+        a: That of ``a``, [rank, N] in fp32 or wider.
+        normed: ``gb`` times 1/rms of the tokens, if that was given.
     """
 
     gb: torch.Tensor
     b: tuple[torch.Tensor, ...]
     a: torch.Tensor
+    normed: torch.Tensor | None = None
 
 
 def suits(tokens: int, adapted: Adapted, activation: str) -> bool:
@@ -47,8 +50,10 @@ def suits(tokens: int, adapted: Adapted, activation: str) -> bool:
     return False
 
 
-def forward(gate_up: torch.Tensor, adapted: Adapted, activation: str, out: torch.Tensor) -> torch.Tensor | None:
-    """Write act(gate + share) · (up + share) into ``out``; returns out Aᵀ [T, rank] in fp32 or wider.
+def forward(
+    gate_up: torch.Tensor, adapted: Adapted, activation: str, out: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor | None:
+    """Write act(gate + share) · (up + share) into ``out``; returns s · out Aᵀ [T, rank] in its dtype.
 
     None, with nothing written, where the device cannot after all.
 
@@ -57,10 +62,11 @@ def forward(gate_up: torch.Tensor, adapted: Adapted, activation: str, out: torch
         adapted: See :class:`Adapted`.
         activation: As of :func:`fastplug.ops.glu.reference.forward`.
         out: [T, N].
+        scaling: s of the projection that follows.
     """
     gate, up = _full(gate_up, adapted).chunk(2, dim=-1)
     glu.forward(gate, up, activation, out)
-    return out.to(gate.dtype) @ adapted.a.to(gate.dtype).t()
+    return (scaling * (out.to(gate.dtype) @ adapted.a.to(gate.dtype).t())).to(out.dtype)
 
 
 def backward(
@@ -70,6 +76,8 @@ def backward(
     adapted: Adapted,
     activation: str,
     d_gate_up: torch.Tensor,
+    scalings: tuple[float, float] = (1.0, 1.0),
+    rstd: torch.Tensor | None = None,
 ) -> Thin | None:
     """Write the gradient of gate and up; returns what follows from it and from the unit's result, or None as above.
 
@@ -78,6 +86,8 @@ def backward(
         gb: s · g B of that adapter, [T, rank].
         gate_up, adapted, activation: As of :func:`forward`.
         d_gate_up: [T, 2 N]. May be ``gate_up``.
+        scalings: s of gate and of up; equal if they share an adapter.
+        rstd: 1/rms of the norm before gate and up, [T] in fp32 or wider, or None.
     """
     full = _full(gate_up, adapted)
     gate, up = full.chunk(2, dim=-1)
@@ -91,7 +101,12 @@ def backward(
     a = gb.to(full.dtype).t() @ out
     xa = adapted.xa.to(full.dtype)
     b = tuple(part.t() @ xa[:, columns] for part, columns in zip(d_full.chunk(2, dim=-1), adapted.columns))
-    return Thin(d_full @ adapted.b.to(full.dtype), b, a)
+    of_xa = d_full @ adapted.b.to(full.dtype)
+    for columns, scaling in {part.start: (part, s) for part, s in zip(adapted.columns, scalings)}.values():
+        of_xa[:, columns] *= scaling
+    of_xa = of_xa.to(adapted.xa.dtype)
+    normed = None if rstd is None else (of_xa.to(full.dtype) * rstd[:, None]).to(of_xa.dtype)
+    return Thin(of_xa, b, a, normed)
 
 
 def _full(base: torch.Tensor, adapted: Adapted) -> torch.Tensor:

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 TILE = 64  # tokens and channels
 RANKS = (16, 32, 64)  # that a kernel is compiled for; smaller ranks are filled up with zeros
 MULTIPLE = 8  # of ranks and channels: 16 bytes, for the copy engine
 CHUNK = 8192  # tokens of a launch of the backward, whose partial sums take 7 KiB a token in an 8B Llama
+
+
+class Stretches(NamedTuple):
+    """How the work of a launch is cut: lines of ``length`` units, and all ``units`` of them, one after another, in
+    stretches of equal length for ``programs``."""
+
+    length: int
+    units: int
+    programs: int
+
+    @property
+    def slots(self) -> int:
+        """How many programs at most work on one line."""
+        return -(-self.length // max(1, self.units // self.programs)) + 1
 
 
 def covers(width: int, *ranks: int) -> bool:

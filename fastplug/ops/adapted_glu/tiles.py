@@ -6,7 +6,7 @@ copy engine writes them and the tensor cores read them for the thin products. So
 
 Programs are persistent and each takes a stretch of all tiles, of equal length. What is summed over a row or a column of
 tiles stays in registers until it ends, or the program's stretch does. Sums that were written in parts are added up by
-the caller, in a fixed order: the same bits each time.
+``sums.py``, in a fixed order: the same bits each time.
 """
 
 from __future__ import annotations
@@ -63,8 +63,3 @@ def value_and_slope(g, ACTIVATION: gl.constexpr):
 def share(left, right, like):
     """left rightᵀ as an accumulator."""
     return warpgroup_mma(left, right, like, use_acc=False, is_async=True)
-
-
-def slots(length: int, units: int, programs: int) -> int:
-    """How many programs at most work on ``length`` consecutive units of all."""
-    return -(-length // max(1, units // programs)) + 1

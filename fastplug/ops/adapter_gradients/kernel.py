@@ -21,6 +21,7 @@ import triton.language as tl
 from fastplug.ops.adapter_gradients.reference import Places
 from fastplug.ops.ahead import launched
 from fastplug.ops.launch import on_device, power_of_2, stride_unit
+from fastplug.ops.part_sums import store_rounded, sum_of_parts
 
 MOST = 3  # adapters of a launch: those of q, k and v
 LARGEST_RANK = 32  # of one of them; the parts of larger ones are as large as g
@@ -95,18 +96,6 @@ def _products_kernel(
     tl.store(b_parts + channel.to(tl.int64)[:, None] * R + tl.arange(0, R)[None, :], of_b, mask=inside[:, None])
 
 
-@triton.jit
-def _sum(parts, place, inside, first, end, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of [parts, stride] over those from ``first`` to ``end``, at ``place`` [BLOCK]."""
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    row = first  # a while loop: Triton 3.6 cannot interpret a range over tensors with numpy 2.4
-    while row < end:
-        rows = row + tl.arange(0, ROWS)[:, None]
-        total += tl.load(parts + rows * stride + place[None, :], mask=(rows < end) & inside[None, :], other=0.0)
-        row += ROWS
-    return tl.sum(total, axis=0)
-
-
 @triton.jit(
     do_not_specialize=[
         "tokens", "channels", "rank", "strips", "programs", "strip1", "strip2", "column1", "column2", "scaling0",
@@ -117,6 +106,8 @@ def _sum_kernel(
     gb_parts,  # as above
     b_parts,
     gb_ptr,  # [tokens, rank]
+    normed_ptr,  # likewise, or None
+    rstd_ptr,  # [tokens]
     of_b_ptr,  # [channels, R] fp32
     tokens,
     channels,
@@ -142,16 +133,18 @@ def _sum_kernel(
         place = (program % of_gb).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = place < tokens.to(tl.int64) * R
         first, end = _of(which, 0, strip1, strip2).to(tl.int64), _of(which, strip1, strip2, strips).to(tl.int64)
-        total = _sum(gb_parts, place, inside, first, end, tokens.to(tl.int64) * R, ROWS, BLOCK)
+        total = sum_of_parts(gb_parts, place, inside, first, end, tokens.to(tl.int64) * R, ROWS, BLOCK)
         total *= _of(which, scaling0, scaling1, scaling2)
         column = _of(which, 0, column1, column2) + place % R
         inside = inside & (column < _of(which, column1, column2, rank))
-        tl.store(gb_ptr + place // R * rank + column, total.to(gb_ptr.dtype.element_ty), mask=inside)
+        token = place // R
+        store_rounded(gb_ptr, normed_ptr, rstd_ptr, token, token * rank + column, inside, total)
     else:
         place = (program - of_gb * COUNT).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = place < channels.to(tl.int64) * R
         end, stride = programs.to(tl.int64), channels.to(tl.int64) * R
-        tl.store(of_b_ptr + place, _sum(b_parts, place, inside, end * 0, end, stride, ROWS, BLOCK), mask=inside)
+        total = sum_of_parts(b_parts, place, inside, end * 0, end, stride, ROWS, BLOCK)
+        tl.store(of_b_ptr + place, total, mask=inside)
 
 
 class _Layout(NamedTuple):
@@ -195,8 +188,13 @@ def suits(g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places) ->
 
 
 def gradients(
-    g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places, scalings: Sequence[float]
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    g: torch.Tensor,
+    xa: torch.Tensor,
+    b: torch.Tensor,
+    places: Places,
+    scalings: Sequence[float],
+    rstd: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]:
     """See :func:`fastplug.ops.adapter_gradients.reference.gradients`; of tensors that :func:`suits` takes."""
     (tokens, channels), rank, device = g.shape, xa.shape[1], g.device
     ranks, R, rank_unit, strips, (strip1, strip2, row1, row2, column1, column2) = _layout(places)
@@ -204,6 +202,7 @@ def gradients(
     gb_parts = torch.empty(strips, tokens, R, dtype=torch.float32, device=device)
     b_parts = torch.empty(programs, channels, R, dtype=torch.float32, device=device)
     gb, of_b = torch.empty_like(xa), torch.empty(channels, R, dtype=torch.float32, device=device)
+    normed = None if rstd is None else torch.empty_like(gb)
     unit, of_gb = stride_unit(g.stride(0), *places.rows), triton.cdiv(tokens * R, SUM_BLOCK)
     with on_device(g):
         launched(_products_kernel, (programs * strips,))(
@@ -213,8 +212,9 @@ def gradients(
             enable_fp_fusion=True,
         )  # fmt: skip
         launched(_sum_kernel, (of_gb * len(ranks) + triton.cdiv(channels * R, SUM_BLOCK),))(
-            gb_parts, b_parts, gb, of_b, tokens, channels, rank, strips, programs, strip1, strip2, column1, column2,
-            *[*scalings, 1.0, 1.0][:MOST], of_gb, COUNT=len(ranks), R=R, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=4,
-            enable_fp_fusion=True,
+            gb_parts, b_parts, gb, normed, rstd, of_b, tokens, channels, rank, strips, programs, strip1, strip2,
+            column1, column2, *[*scalings, 1.0, 1.0][:MOST], of_gb, COUNT=len(ranks), R=R, ROWS=SUM_ROWS,
+            BLOCK=SUM_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return gb, tuple(of_b[start:end, :its] for (start, end), its in zip(itertools.pairwise(places.rows), ranks))
+    parts = tuple(of_b[start:end, :its] for (start, end), its in zip(itertools.pairwise(places.rows), ranks))
+    return gb, parts, normed

@@ -22,9 +22,15 @@ def suits(g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places) ->
 
 
 def gradients(
-    g: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, places: Places, scalings: Sequence[float]
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """s · g B [tokens, rank] in g's dtype and the gradient of each adapter's B [its rows, its rank] in fp32 or wider.
+    g: torch.Tensor,
+    xa: torch.Tensor,
+    b: torch.Tensor,
+    places: Places,
+    scalings: Sequence[float],
+    rstd: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """s · g B [tokens, rank] in g's dtype, the gradient of each adapter's B [its rows, its rank] in fp32 or wider, and
+    the first times ``rstd``.
 
     Args:
         g: The gradient of y [tokens, out_features], rows may be strided.
@@ -32,6 +38,7 @@ def gradients(
         b: Their B, block-diagonal [out_features, rank], contiguous.
         places: Of all rows and columns.
         scalings: The factor s of each adapter.
+        rstd: 1/rms [tokens] in fp32 or wider of a norm that made x, or None.
     """
     gb, wide = torch.empty_like(xa), torch.promote_types(g.dtype, torch.float32)
     found = []
@@ -39,4 +46,5 @@ def gradients(
         part = g[:, row:end].to(wide)
         gb[:, column:last] = scaling * (part @ b[row:end, column:last].to(wide))
         found.append(part.t() @ xa[:, column:last].to(wide))
-    return gb, tuple(found)
+    normed = None if rstd is None else (gb.to(wide) * rstd[:, None]).to(gb.dtype)
+    return gb, tuple(found), normed

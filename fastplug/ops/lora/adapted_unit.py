@@ -58,9 +58,10 @@ class Unit:
         if self.adapted is not None:
             assert self.down is not None
             hidden = _empty(self.gate_up, spec.down.in_features)
-            xa = spec.down.ops.adapted_glu.forward(self.gate_up, self.adapted, spec.activation, hidden)
+            scaling = spec.down.projections[0].scaling
+            xa = spec.down.ops.adapted_glu.forward(self.gate_up, self.adapted, spec.activation, hidden, scaling)
             if xa is not None:
-                return hidden, self.down._replace(xa=spec.down.adapted.scaled(xa))
+                return hidden, self.down._replace(xa=xa)
             self.adapted = None
             spec.gate_up.add_output_share(self.gate_up, self.kept)
         hidden = activated(spec, self.gate_up)
@@ -116,6 +117,7 @@ def one_pass(
     needs_down: Sequence[bool],
     out: torch.Tensor,
     hands_on: bool,
+    rstd: torch.Tensor | None,
 ) -> UnitGradients | None:
     """All of it in one pass over gate, up and down's gradient, or None where the device cannot after all.
 
@@ -127,12 +129,16 @@ def one_pass(
         needs_down: Which of down's tensors need a gradient.
         out: Where the gradient of gate and up goes, may be ``gate_up``.
         hands_on: As of :func:`fastplug.ops.lora.gated_mlp_rows.backward`.
+        rstd: 1/rms of gate's and up's input, if their group will get that unmade.
     """
     adapted, found = operands(spec, *kept), spec.down.adapted.from_output(g, kept[1], needs_down)
     assert adapted is not None
     assert found is not None
     d_hidden = spec.down.dx(g, None, Kept(), hands_on)
-    thin = spec.down.ops.adapted_glu.backward(d_hidden, found.gb, gate_up, adapted, spec.activation, out)
+    first, last = spec.gate_up.projections[0], spec.gate_up.projections[-1]
+    thin = spec.down.ops.adapted_glu.backward(
+        d_hidden, found.gb, gate_up, adapted, spec.activation, out, (first.scaling, last.scaling), rstd
+    )
     if thin is None:
         return None
     of_a = 2  # the place of A among the tensors of down, the only projection of its group
@@ -141,7 +147,7 @@ def one_pass(
     if needs_down[of_a] and a is not None:
         down[of_a] = thin.a.to(a.dtype)
     b = thin.b if len(spec.gate_up.projections) > 1 else (torch.cat(thin.b),)
-    return UnitGradients(out, down, FromOutput(spec.gate_up.adapted.scaled(thin.gb), b))
+    return UnitGradients(out, down, FromOutput(thin.gb, b, thin.normed))
 
 
 def _empty(like: torch.Tensor, width: int) -> torch.Tensor:

@@ -63,13 +63,6 @@ class Adapters:
         add_product(out, left, right, 0.0, 1.0 if self.scaling is None else self.scaling)
         return self._scaled_apart(out)
 
-    def scaled(self, product: torch.Tensor) -> torch.Tensor:
-        """scaling · product [tokens, rank] in the compute dtype."""
-        if self.scaling is None:
-            return self._scaled_apart(product).to(self.dtype)
-        out = torch.empty_like(product, dtype=self.dtype)
-        return torch.mul(product, self.scaling, out=out)  # rounded where it is multiplied: one pass
-
     def _scaled_apart(self, product: torch.Tensor) -> torch.Tensor:
         """The columns of each adapter times its scaling in place, where there is not one for all."""
         if self.scaling is None:
@@ -118,16 +111,18 @@ class Adapters:
 
     # --- backward -------------------------------------------------------------------------------------------------
 
-    def from_output(self, g: torch.Tensor, kept: Kept, needs: Sequence[bool]) -> FromOutput | None:
+    def from_output(
+        self, g: torch.Tensor, kept: Kept, needs: Sequence[bool], rstd: torch.Tensor | None = None
+    ) -> FromOutput | None:
         """What follows from g [tokens, out_features], with the gradients of B where one pass makes them and they are
-        asked for, all of them; ``needs`` is as of :meth:`Group.parameter_gradients`."""
+        asked for, all of them; ``needs`` and ``rstd`` are as of :meth:`Group.input_gradient`."""
         if kept.b is None:
             return None
         one, wanted = self.ops.adapter_gradients, needs[3 : PER_PROJECTION * self.count : PER_PROJECTION]
         there = kept.xa is not None and len(kept.xa) == len(g)
         if there and len(self.blocks) == self.count and all(wanted) and one.suits(g, kept.xa, kept.b, self._places):
             scalings = [block.projection.scaling for block in self.blocks]
-            return FromOutput(*one.gradients(g, kept.xa, kept.b, self._places, scalings))
+            return FromOutput(*one.gradients(g, kept.xa, kept.b, self._places, scalings, rstd))
         return FromOutput(self.scaled_gb(g, kept))
 
     def scaled_gb(self, g: torch.Tensor, kept: Kept) -> torch.Tensor:
@@ -177,7 +172,7 @@ class Adapters:
                     grads[i + 2] = mm(gb[:, columns].t(), undrop(x, mask, p.dropout), p.a.dtype)
                 else:
                     if shared is None:
-                        shared = self._gbx(gb, x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
+                        shared = self._gbx(known, x, torch.float32 if p.a.dtype == torch.float32 else self.dtype)
                     grads[i + 2] = shared[columns].to(p.a.dtype)
             if needs[i + 3] and known.b:
                 grads[i + 3] = known.b[j].to(p.b.dtype)
@@ -185,12 +180,14 @@ class Adapters:
                 grads[i + 3] = mm(g[:, rows].t(), kept.xa[:, columns], p.b.dtype)
 
     @staticmethod
-    def _gbx(gb: torch.Tensor, x: torch.Tensor | Normed, dtype: torch.dtype) -> torch.Tensor:
+    def _gbx(known: FromOutput, x: torch.Tensor | Normed, dtype: torch.dtype) -> torch.Tensor:
         """gbᵀ x [rank, in_features]."""
+        gb, left = known.gb, known.normed
         if isinstance(x, torch.Tensor):
             return mm(gb.t(), x, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        left = torch.mul(gb, x.rstd[:, None], out=torch.empty_like(gb))  # rounded where it is multiplied: one pass
+        if left is None:
+            left = torch.mul(gb, x.rstd[:, None], out=torch.empty_like(gb))  # rounded where it is multiplied: one pass
         product = mm(left.t(), x.h, wide)
         if x.weight is not None:
             weight = x.weight.detach()

@@ -48,9 +48,18 @@ def projections_input(
     """
     if not any(needs):
         return None
-    if norm is not None and rstd is not None and rows.dtype == group.dtype and group.takes_unmade(needs):
-        return Normed(rows, rstd, weight, norm.offset)
+    left = rstd_of_unmade(group, rows, rstd, needs)
+    if norm is not None and left is not None:
+        return Normed(rows, left, weight, norm.offset)
     return _normed(norm, group, rows, weight)[0]
+
+
+def rstd_of_unmade(
+    group: Group, rows: torch.Tensor, rstd: torch.Tensor | None, needs: Sequence[bool]
+) -> torch.Tensor | None:
+    """1/rms if the group will get its input unmade, else None; arguments as of :func:`projections_input`."""
+    unmade = any(needs) and rows.dtype == group.dtype and group.takes_unmade(needs)
+    return rstd if unmade else None
 
 
 def _normed(
@@ -198,7 +207,8 @@ class AttentionInputFunction(torch.autograd.Function):
                 **spec.qk_norm.kwargs(),
             )
         hands_on = ctx.hands_on and graph_goes()
-        d_normed, found = group.input_gradient(dqkv, kept, needs[1] or needs[4], needs[7:], hands_on)
+        left = rstd_of_unmade(group, rows, rstd, needs[7:])
+        d_normed, found = group.input_gradient(dqkv, kept, needs[1] or needs[4], needs[7:], hands_on, left)
         entered = projections_input(spec.norm, group, rows, rstd, norm_weight, needs[7:])
         grads = group.parameter_gradients(dqkv, found, entered, kept, needs[7:])
         del entered

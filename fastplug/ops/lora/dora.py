@@ -229,11 +229,17 @@ class DoraGroup(Group):
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool], hands_on: bool = False
+        self,
+        g: torch.Tensor,
+        kept: Kept,
+        needs_dx: bool,
+        needs: Sequence[bool],
+        hands_on: bool = False,
+        rstd: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, FromOutput | None]:
         scale = _row(kept, 0)
         assert kept.b is not None
-        found = self.adapted.from_output(g, kept._replace(b=self._rows(kept.b, scale)), needs)
+        found = self.adapted.from_output(g, kept._replace(b=self._rows(kept.b, scale)), needs, rstd)
         if found is None or not needs_dx:
             return None, found
         gb = found.gb

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastplug.ops.lora.adapted_unit import UnitGradients, base_product, one_pass
-from fastplug.ops.lora.attention_input import projections_input
+from fastplug.ops.lora.attention_input import projections_input, rstd_of_unmade
 from fastplug.ops.lora.group import Grads, Kept
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ def backward(
     if gate_up is None:
         gate_up, rstd, kept = _recomputed(spec, h, norm_weight, kept, base_only)
     assert kept is not None
-    found = None
+    found, left = None, rstd_of_unmade(spec.gate_up, h, rstd, needs[4:inner])
     if base_only:
         out = gate_up if overwrite else torch.empty_like(gate_up)
-        found = one_pass(spec, g, gate_up, kept, needs[inner:], out, hands_on)
+        found = one_pass(spec, g, gate_up, kept, needs[inner:], out, hands_on, left)
         if found is None:
             gate_up = gate_up if overwrite else gate_up.clone()
             spec.gate_up.add_output_share(gate_up, kept[0])
@@ -76,7 +76,9 @@ def backward(
 
     needs_dx, known = needs[1] or needs[2] or needs[3], found.from_gate_up
     if known is None:
-        d_normed, known = spec.gate_up.input_gradient(found.gate_up, gate_up_kept, needs_dx, needs[4:inner], hands_on)
+        d_normed, known = spec.gate_up.input_gradient(
+            found.gate_up, gate_up_kept, needs_dx, needs[4:inner], hands_on, left
+        )
     else:
         d_normed = spec.gate_up.dx(found.gate_up, known.gb, gate_up_kept, hands_on) if needs_dx else None
     entered = projections_input(spec.norm, spec.gate_up, h, rstd, norm_weight, needs[4:inner])

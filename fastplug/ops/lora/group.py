@@ -139,13 +139,20 @@ class Group:
     # --- backward -------------------------------------------------------------------------------------------------
 
     def input_gradient(
-        self, g: torch.Tensor, kept: Kept, needs_dx: bool, needs: Sequence[bool], hands_on: bool = False
+        self,
+        g: torch.Tensor,
+        kept: Kept,
+        needs_dx: bool,
+        needs: Sequence[bool],
+        hands_on: bool = False,
+        rstd: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, FromOutput | None]:
         """The gradient of x (None if not wanted) for g [tokens, out_features], and what else follows from g.
 
-        ``needs`` as of :meth:`parameter_gradients`, which is to come; ``hands_on`` as of :meth:`dx`.
+        ``needs`` as of :meth:`parameter_gradients`, which is to come; ``hands_on`` as of :meth:`dx`; ``rstd`` is 1/rms
+        [tokens] of the norm that makes x, if :meth:`parameter_gradients` will get x unmade.
         """
-        found = self.adapted.from_output(g, kept, needs)
+        found = self.adapted.from_output(g, kept, needs, rstd)
         return (self.dx(g, None if found is None else found.gb, kept, hands_on) if needs_dx else None), found
 
     def dx(self, g: torch.Tensor, gb: torch.Tensor | None, kept: Kept, hands_on: bool = False) -> torch.Tensor:

@@ -53,10 +53,12 @@ class FromOutput(NamedTuple):
     Attributes:
         gb: s · g B [tokens, rank].
         b: The gradient of each adapter's B [its rows, its rank], where one pass over g has made them along with ``gb``.
+        normed: ``gb`` times 1/rms of the norm that makes x, where that came along as well.
     """
 
     gb: torch.Tensor
     b: tuple[torch.Tensor, ...] = ()
+    normed: torch.Tensor | None = None
 
 
 class Normed(NamedTuple):
