@@ -165,7 +165,7 @@ def test_a_process_that_takes_10_gib_in_micro_batch_2_of_4_changes_no_weight(mem
         model = build(layers=LAYERS, width=2048)
         fastplug.apply(model, memory=memory, graphs="off", headroom="1GiB" if memory == "auto" else None)
         found = train(model, other)
-        return model, found, torch.cuda.max_memory_reserved()
+        return model, found, torch.cuda.max_memory_allocated()
 
     _, wanted, needed = run()
     _, again, _ = run()
@@ -173,7 +173,9 @@ def test_a_process_that_takes_10_gib_in_micro_batch_2_of_4_changes_no_weight(mem
     gc.collect()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
-    spare = needed + 8 * GiB  # more than a step needs, less than it needs and 10 GiB
+    # More than a step needs, and less than it needs and 10 GiB: by more than what goes before anything is dropped, the
+    # decoded weights that stay and blocks that the allocator has cached.
+    spare = needed + 6 * GiB
     if free < spare + GiB:
         pytest.skip(f"needs {(spare + GiB) / GiB:.0f} GiB of free GPU memory")
     other = subprocess.Popen(
