@@ -137,6 +137,7 @@ def launches(dtype: torch.dtype = torch.bfloat16, hidden: int = 4096, inner: int
         rest = (1.0, softcap, 1.0, -100)
         logprobs.token_logprobs(logits, targets, *found, entropy, *rest)
         logprobs.token_logprobs_and_gradient(logits, targets, *found, None, *rest)
+        logprobs.token_logprobs_and_gradient(logits, targets, *found[:2], None, None, *rest)
         logprobs.token_logprobs_backward(logits, targets, found[1], entropy, entropy, entropy, *rest)
 
 

@@ -171,6 +171,29 @@ def test_what_can_be_reported(implementation: ModuleType, device: torch.device) 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_most_likely_tokens_may_be_left_out(
+    implementation: ModuleType, reduction: str, device: torch.device
+) -> None:
+    """Same loss and gradient, to the last bit."""
+    hidden, weight, _, targets = make(11, 16, 300, device)
+    found = []
+    for argmax in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        result = linear_cross_entropy(
+            leaf, weight, targets, reduction=reduction, implementation=implementation, argmax=argmax
+        )
+        assert (result.argmax is None, result.correct is None) == (not argmax, not argmax)
+        found.append((result.loss, torch.autograd.grad(result.loss.sum(), leaf)[0]))
+        with torch.no_grad():
+            alone = linear_cross_entropy(
+                leaf, weight, targets, reduction=reduction, implementation=implementation, argmax=argmax
+            )
+        torch.testing.assert_close(alone.loss, result.loss)
+    assert all(torch.equal(mine, other) for mine, other in zip(*found))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_no_token_has_a_loss(implementation: ModuleType, rows: int, trained: bool, device: torch.device) -> None:

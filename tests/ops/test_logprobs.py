@@ -242,7 +242,7 @@ def test_target_outside_the_vocabulary(implementation: ModuleType, device: torch
     if device.type == "cpu":
         with pytest.raises(ValueError, match=r"2 targets lie outside the vocabulary of 50 \(the first is 50\)"):
             linear_logprobs(hidden, weight, targets, implementation=implementation)
-    rows = chunked.Rows.empty(4, hidden, False)
+    rows = chunked.Rows.empty(4, hidden, chunked.Settings())
     logits = hidden @ weight.t()
     arguments = chunked.Settings().arguments
     implementation.token_logprobs_and_gradient(
@@ -413,12 +413,11 @@ def test_fp64_gradients_are_exact() -> None:
 def test_opcheck(device: torch.device) -> None:
     logits = torch.randn(3, 20, device=device)
     targets = torch.tensor([1, -100, 19], device=device)
-    rows = chunked.Rows.empty(3, logits, True)
+    rows = chunked.Rows.empty(3, logits, chunked.Settings(entropy=True))
     end = (1.0, 5.0, 0.5, -100)
-    outputs = (rows.logprob, rows.statistics, rows.argmax)
-    for entropy in (rows.entropy, None):
+    for argmax, entropy in ((rows.argmax, rows.entropy), (rows.argmax, None), (None, None)):
         for op in (kernel.token_logprobs, kernel.token_logprobs_and_gradient):
-            torch.library.opcheck(op.op, (logits, targets, *outputs, entropy, *end))
+            torch.library.opcheck(op.op, (logits, targets, rows.logprob, rows.statistics, argmax, entropy, *end))
     up = torch.randn(3, device=device)
     for grads in ((up, up), (None, up), (up, None)):
         torch.library.opcheck(

@@ -20,14 +20,14 @@ class CrossEntropy(NamedTuple):
 
     Attributes:
         loss: fp32, 0-dimensional, or [T] with ``reduction="none"``.
-        argmax: [T] int64, the most likely token of each row.
-        correct: [T] bool, whether that is the target; False where ignored.
+        argmax: [T] int64, the most likely token of each row, or None.
+        correct: [T] bool, whether that is the target, or None; False where ignored.
         entropy: [T] fp32 in nats, or None; without a gradient.
     """
 
     loss: Tensor
-    argmax: Tensor
-    correct: Tensor
+    argmax: Tensor | None
+    correct: Tensor | None
     entropy: Tensor | None
 
 
@@ -46,6 +46,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     implementation: Any = None,
     counted: Tensor | None = None,
+    argmax: bool = True,
 ) -> CrossEntropy:
     """``F.cross_entropy(z, targets)`` of ``z = softcap·tanh(logit_scale·(hidden·weightᵀ + bias) / softcap)``.
 
@@ -58,6 +59,7 @@ def linear_cross_entropy(
             tensor of one element, which stays on its device.
         counted: [R] int64 on the device of hidden, without duplicates: the only rows to compute, where the targets of
             all others are known to be ignored. Prompts and padding then cost no logits. The result has R rows.
+        argmax: Whether to find the most likely tokens, which costs some time.
 
     The gradients of hidden, weight and bias, those that are required, come from the same pass as a scalar loss.
     With ``"none"``, a trained head computes its logits again in backward. There is no host sync. For one backward,
@@ -74,7 +76,7 @@ def linear_cross_entropy(
     if counted is not None and reduction == "none":
         raise ValueError("counted leaves rows out, and reduction='none' has a result for each: give only one of them")
     if reduction == "none":
-        logprob, row_entropy, argmax = linear_logprobs(
+        logprob, row_entropy, best = linear_logprobs(
             hidden,
             weight,
             targets,
@@ -87,9 +89,9 @@ def linear_cross_entropy(
             implementation=implementation,
         )
         row_entropy = None if row_entropy is None else row_entropy.detach()
-        return CrossEntropy(-logprob, argmax, argmax == targets, row_entropy)
+        return _result(-logprob, best if argmax else None, targets, row_entropy)
 
-    settings = Settings(logit_scale, softcap, 1.0, ignore_index, entropy, chunk_size, implementation)
+    settings = Settings(logit_scale, softcap, 1.0, ignore_index, entropy, chunk_size, implementation, argmax)
     check_head(hidden, weight, bias, targets)
     check_targets(targets, weight.shape[0], ignore_index)
     targets = targets.contiguous()
@@ -98,13 +100,18 @@ def linear_cross_entropy(
     dtype = chunked.compute_dtype(hidden, weight)
     needs = wanted_gradients(hidden, weight, bias)
     if any(needs):
-        scalar, argmax, row_entropy = LinearCrossEntropy.apply(
+        scalar, best, row_entropy = LinearCrossEntropy.apply(
             hidden, weight, bias, targets, items, settings, dtype, needs, counted
         )
     else:
         rows, _ = chunked.forward(hidden, weight, bias, targets, settings, dtype, counted=counted)
-        scalar, argmax, row_entropy = loss(rows.logprob, items), rows.argmax, rows.entropy
-    return CrossEntropy(scalar, argmax, argmax == targets, row_entropy)
+        scalar, row_entropy = loss(rows.logprob, items), rows.entropy
+        best = rows.argmax  # type: ignore[assignment]
+    return _result(scalar, best, targets, row_entropy)
+
+
+def _result(loss: Tensor, argmax: Tensor | None, targets: Tensor, entropy: Tensor | None) -> CrossEntropy:
+    return CrossEntropy(loss, argmax, None if argmax is None else argmax == targets, entropy)
 
 
 def _items(targets: Tensor, num_items: Tensor | float | None, ignore_index: int) -> Tensor | float:

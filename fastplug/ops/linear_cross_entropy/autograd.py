@@ -34,7 +34,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         needs: Needs,
         counted: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rows, gradients = chunked.forward(hidden, weight, bias, targets, settings, dtype, needs, counted)
         on_device = isinstance(items, Tensor)
         ctx.save_for_backward(*gradients, items if on_device else None)

@@ -76,6 +76,7 @@ def linear_logprobs(
         logprob, row_entropy, argmax = LinearLogProbs.apply(hidden, weight, bias, targets, settings, dtype, needs)
         return LogProbs(logprob, row_entropy, argmax)
     rows, _ = chunked.forward(hidden, weight, bias, targets, settings, dtype)
+    assert rows.argmax is not None
     return LogProbs(rows.logprob, rows.entropy, rows.argmax)
 
 

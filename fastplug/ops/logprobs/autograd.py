@@ -59,6 +59,7 @@ class LinearLogProbs(torch.autograd.Function):
         )
         ctx.settings, ctx.dtype, ctx.needs, ctx.hidden_dtype = settings, dtype, needs, hidden.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        assert rows.argmax is not None
         ctx.mark_non_differentiable(rows.argmax)
         ctx.set_materialize_grads(False)
         return rows.logprob, rows.entropy, rows.argmax
@@ -95,6 +96,7 @@ class LogProbsFromLogits(torch.autograd.Function):
         rows = from_logits(logits, targets, settings)
         ctx.save_for_backward(logits, targets, rows.statistics, rows.entropy)
         ctx.settings = settings
+        assert rows.argmax is not None
         ctx.mark_non_differentiable(rows.argmax)
         ctx.set_materialize_grads(False)
         return rows.logprob, rows.entropy, rows.argmax
@@ -118,7 +120,7 @@ class LogProbsFromLogits(torch.autograd.Function):
 def from_logits(logits: Tensor, targets: Tensor, settings: Settings) -> Rows:
     """The results of the rows of ``logits`` [T, V] as they are."""
     ops = settings.ops(logits.device, logits.dtype)
-    found = Rows.empty(logits.shape[0], logits, settings.entropy)
+    found = Rows.empty(logits.shape[0], logits, settings)
     with torch.no_grad():
         for rows in row_chunks(logits, settings):
             row = found.part(rows)

@@ -44,6 +44,7 @@ class Settings:
     entropy: bool = False
     chunk_size: int | None = None
     implementation: Any = None
+    argmax: bool = True
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -66,26 +67,27 @@ class Settings:
 
 
 class Rows(NamedTuple):
-    """What the operations return of each row: fp32 (fp64 for fp64 inputs) but ``argmax`` [T] int64."""
+    """What the operations return of each row: fp32 (fp64 for fp64 inputs) but ``argmax`` [T] int64. What was not asked
+    for is None."""
 
     logprob: Tensor
     statistics: Tensor
-    argmax: Tensor
+    argmax: Tensor | None
     entropy: Tensor | None
 
     @classmethod
-    def empty(cls, rows: int, like: Tensor, entropy: bool) -> Rows:
+    def empty(cls, rows: int, like: Tensor, settings: Settings) -> Rows:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return cls(
             like.new_empty(rows, dtype=dtype),
             like.new_empty(rows, 2, dtype=dtype),
-            like.new_empty(rows, dtype=torch.int64),
-            like.new_empty(rows, dtype=dtype) if entropy else None,
+            like.new_empty(rows, dtype=torch.int64) if settings.argmax else None,
+            like.new_empty(rows, dtype=dtype) if settings.entropy else None,
         )
 
     def part(self, rows: slice) -> Rows:
-        entropy = None if self.entropy is None else self.entropy[rows]
-        return Rows(self.logprob[rows], self.statistics[rows], self.argmax[rows], entropy)
+        asked = (None if tensor is None else tensor[rows] for tensor in (self.argmax, self.entropy))
+        return Rows(self.logprob[rows], self.statistics[rows], *asked)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -272,7 +274,7 @@ def forward(
     run = ops.token_logprobs_and_gradient if any(needs) else ops.token_logprobs
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, dtype, settings.chunk_size, needs[1], counted)
-        found = Rows.empty(head.rows, head.buffer, settings.entropy)
+        found = Rows.empty(head.rows, head.buffer, settings)
         gradients = Gradients(head, needs)
         for rows, part, logits in head.logits():
             row = found.part(rows)

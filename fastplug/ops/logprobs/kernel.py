@@ -75,7 +75,7 @@ def _logprobs_kernel(
     targets,  # [C] int64
     logprob,  # [C] fp32
     statistics,  # [C, 2] fp32: max z, log Σ exp(z - max z)
-    argmax,  # [C] int64
+    argmax,  # [C] int64, or None
     entropy,  # [C] fp32, where ENTROPY
     stride,
     V,
@@ -107,8 +107,11 @@ def _logprobs_kernel(
         x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
         z, _ = _transform(x, pre, post, SOFTCAP)
         z = tl.where(inside, z, -float("inf"))
-        largest, place = tl.max(z, axis=1, return_indices=True)
-        best = tl.where(largest > m, start + group * LANE + place, best)
+        if argmax is not None:
+            largest, place = tl.max(z, axis=1, return_indices=True)
+            best = tl.where(largest > m, start + group * LANE + place, best)
+        else:
+            largest = tl.max(z, axis=1)
         new_m = tl.maximum(m, largest)
         shift, delta, rescale = _shifted(m, new_m)
         e = tl.exp(z - shift[:, None])
@@ -122,14 +125,15 @@ def _logprobs_kernel(
     _, delta, rescale = _shifted(lanes_m, m)
     u = rescale * (u + s * delta)
     s = s * rescale
-    best = tl.min(tl.where(lanes_m == m, best, V), axis=0)  # of equal logits the first
     total = tl.sum(s, axis=0)
     log_sum = tl.log(total)
     z_target, _ = _transform(raw, pre, post, SOFTCAP)
     tl.store(logprob + row, tl.where(ignored, 0.0, (z_target - m) - log_sum))
     tl.store(statistics + 2 * row, m)
     tl.store(statistics + 2 * row + 1, log_sum)
-    tl.store(argmax + row, best.to(tl.int64))
+    if argmax is not None:
+        first = tl.min(tl.where(lanes_m == m, best, V), axis=0)  # of equal logits the first
+        tl.store(argmax + row, first.to(tl.int64))
     if ENTROPY:
         tl.store(entropy + row, log_sum - tl.sum(u, axis=0) / total)
 
@@ -217,7 +221,7 @@ def _launch_logprobs(
     targets: Tensor,
     logprob: Tensor,
     statistics: Tensor,
-    argmax: Tensor,
+    argmax: Tensor | None,
     entropy: Tensor | None,
     logit_scale: float,
     softcap: float,
@@ -259,7 +263,7 @@ def token_logprobs(
     targets: torch.Tensor,
     logprob: torch.Tensor,
     statistics: torch.Tensor,
-    argmax: torch.Tensor,
+    argmax: torch.Tensor | None,
     entropy: torch.Tensor | None,
     logit_scale: float,
     softcap: float,
@@ -288,7 +292,7 @@ def token_logprobs_and_gradient(
     targets: torch.Tensor,
     logprob: torch.Tensor,
     statistics: torch.Tensor,
-    argmax: torch.Tensor,
+    argmax: torch.Tensor | None,
     entropy: torch.Tensor | None,
     logit_scale: float,
     softcap: float,

@@ -28,14 +28,15 @@ def token_logprobs(
     targets: Tensor,
     logprob: Tensor,
     statistics: Tensor,
-    argmax: Tensor,
+    argmax: Tensor | None,
     entropy: Tensor | None,
     logit_scale: float,
     softcap: float,
     temperature: float,
     ignore_index: int,
 ) -> None:
-    """Fill ``logprob`` [C], ``statistics`` [C, 2], ``argmax`` [C] int64 and ``entropy`` [C] from ``logits`` [C, V].
+    """Fill ``logprob`` [C], ``statistics`` [C, 2], ``argmax`` [C] int64 and ``entropy`` [C] from ``logits`` [C, V]; the
+    last two where they are given.
 
     A ``softcap`` of 0 means none. Rows with the target ``ignore_index`` get log-probability 0; a target outside the
     vocabulary gives NaN. ``logits`` are left as they are.
@@ -49,7 +50,7 @@ def token_logprobs_and_gradient(
     targets: Tensor,
     logprob: Tensor,
     statistics: Tensor,
-    argmax: Tensor,
+    argmax: Tensor | None,
     entropy: Tensor | None,
     logit_scale: float,
     softcap: float,
@@ -129,7 +130,7 @@ def _statistics(
     targets: Tensor,
     logprob: Tensor,
     statistics: Tensor,
-    argmax: Tensor,
+    argmax: Tensor | None,
     entropy: Tensor | None,
     ignore_index: int,
 ) -> Tensor:
@@ -142,7 +143,8 @@ def _statistics(
         p = torch.softmax(z, 1, out=z)
     # The softmax at the maximum is 1 / Σ exp(z - max): no second pass for the logarithm of the sum.
     log_sum = p.gather(1, best).log_().neg_()
-    argmax.copy_(best.squeeze(1))
+    if argmax is not None:
+        argmax.copy_(best.squeeze(1))
     statistics.copy_(torch.cat((largest, log_sum), 1))
     found = (target - log_sum).masked_fill_(unknown, math.nan).masked_fill_(ignored, 0)
     logprob.copy_(found.squeeze(1))

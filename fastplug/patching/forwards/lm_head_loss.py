@@ -111,6 +111,7 @@ def fused_loss(
             chunk_size=rows,
             implementation=runtime.ops.logprobs,
             counted=counted,
+            argmax=False,
         ).loss
 
     def with_what_it_takes(hidden: torch.Tensor) -> torch.Tensor:
