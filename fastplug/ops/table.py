@@ -63,6 +63,7 @@ class OpTable:
     column_dots: Any
     scaling: Any
     adapted_glu: Any
+    adapted_rope: Any
     adapter_matrices: Any
     adapter_gradients: Any
 
@@ -167,6 +168,7 @@ TRITON_OPS = (
     "column_dots",
     "scaling",
     "adapted_glu",
+    "adapted_rope",
     "adapter_matrices",
     "adapter_gradients",
 )

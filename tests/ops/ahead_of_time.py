@@ -195,6 +195,11 @@ def other_formats(capability: int, n: int = 14336, k: int = 4096) -> None:
         for rank in (16, 32):
             places = gradients.Places((0, k, 2 * k, 3 * k), (0, rank, 2 * rank, 3 * rank))
             gradients.gradients(scales(k, 3 * k), scales(k, 3 * rank), scales(3 * k, 3 * rank), places, [1.0] * 3)
+        rope = importlib.import_module("fastplug.ops.adapted_rope.kernel")
+        for width, rank in ((64, 16), (128, 16), (128, rope.LARGEST_RANK)):
+            channels, angles = 48 * width, torch.empty(1, 64, width, dtype=torch.bfloat16)
+            adapted = rope.Adapted(scales(64, 3 * rank), scales(channels, 3 * rank), (rank, 2 * rank, 3 * rank))
+            rope.forward(scales(64, channels), adapted, rope.Heads(32, 8, width), angles, angles)
     if capability < 89:  # no conversion to FP8 in hardware
         return
     for width in (k, n, 28672):

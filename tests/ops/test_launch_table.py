@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 # A chip takes 10 s: the smallest, the measured and the newest every day, all of them with FASTPLUG_ALL_CHIPS=1.
 COMPILED = tuple(CHIPS) if os.environ.get("FASTPLUG_ALL_CHIPS") else (75, 90, 120)
 FRAME = 8  # bytes of stack that Triton 3.6's compiler gives a kernel which calls 64-bit division
-NEEDS = {"fp8": 89, "low_rank": 80, "adapter_gradients": 80}  # the first architecture that has the instructions
+# The first architecture that has the instructions.
+NEEDS = {"fp8": 89, "low_rank": 80, "adapter_gradients": 80, "adapted_rope": 80}
 ENOUGH = 0.85  # of the memory's bandwidth
 # How many tensors a program reads before it computes, each with ``accesses`` accesses of a thread; a head of rope
 # counts as two, its two halves.

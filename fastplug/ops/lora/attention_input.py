@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastplug.ops.adapted_rope.reference import Adapted, Heads
 from fastplug.ops.lora.group import Group, Kept, Normed
 from fastplug.ops.recompute import graph_goes
 from fastplug.ops.rows import copy_rows
@@ -136,11 +137,11 @@ class AttentionInputFunction(torch.autograd.Function):
         group, ops = spec.group, spec.group.ops
         rows = x.reshape(-1, group.in_features)
         normed, rstd = _normed(spec.norm, group, rows, norm_weight)
-        qkv, kept = group.forward(normed)
+        qkv, kept, turned = _products(spec, normed, cos, sin)
         q, k, v = _heads(spec, qkv, x.shape[:2])
         raw_q = raw_k = None
         if spec.qk_norm is None:
-            if spec.rotate:
+            if spec.rotate and not turned:
                 ops.rope.forward(q, k, cos, sin, q, k, interleaved=spec.interleaved)
         else:
             raw_q, raw_k = q, k
@@ -221,6 +222,28 @@ class AttentionInputFunction(torch.autograd.Function):
             dx = dx.to(x.dtype) if dh is None else dx + dh
         dx = dx.view(x.shape) if dx is not None and needs[1] else None
         return None, dx, None, None, d_norm_weight, dq_weight, dk_weight, *grads
+
+
+def _products(
+    spec: AttentionInput, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, Kept, bool]:
+    """q, k and v in one buffer [tokens, channels], what the backward needs, and whether q and k are turned: where one
+    pass suits that adds the adapters' shares as well."""
+    group, ops = spec.group, spec.group.ops
+    plain = spec.rotate and not spec.interleaved and not spec.by_head and spec.qk_norm is None
+    if not plain or type(group) is not Group or group.fp8 is not None or len(group.adapted.blocks) != 3:
+        return *group.forward(normed), False
+    kept = group.adapters(normed)
+    if kept.xa is None or kept.b is None or len(group.projections) != 3:
+        return group.products(normed, kept), kept, False
+    queries, keys, _ = (p.shape[0] // spec.head_dim for p in group.projections)
+    first, second, third = (block.columns.stop for block in group.adapted.blocks)
+    adapted, heads = Adapted(kept.xa, kept.b, (first, second, third)), Heads(queries, keys, spec.head_dim)
+    if not ops.adapted_rope.suits(len(normed), adapted, heads, cos):
+        return group.products(normed, kept), kept, False
+    qkv = group.products(normed, Kept(base=kept.base))
+    ops.adapted_rope.forward(qkv, adapted, heads, cos, sin)
+    return qkv, kept, True
 
 
 def _heads(spec: AttentionInput, qkv: torch.Tensor, shape: tuple[int, ...]) -> Three:
