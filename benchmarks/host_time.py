@@ -68,7 +68,9 @@ def launches_that_do_nothing() -> Iterator[Counter[str]]:
             name = f"_{direction}_kernel"
             stack.enter_context(mock.patch.object(kernels, name, Nothing(f"adapted_glu{name}")))
         gradients = importlib.import_module("fastplug.ops.adapter_gradients.kernel")
-        stack.enter_context(mock.patch.multiple(gradients, _here=lambda device: True, FEWEST=1))
+        rope = importlib.import_module("fastplug.ops.adapted_rope.kernel")
+        for module in (gradients, rope):
+            stack.enter_context(mock.patch.multiple(module, _here=lambda device: True, FEWEST=1))
         share = importlib.import_module("fastplug.ops.fp8.share")
         stack.enter_context(mock.patch.multiple(share, multiprocessors=lambda device: 132, WAVES=0))
         hopper = importlib.import_module("fastplug.ops.fp8.hopper")
