@@ -14,7 +14,7 @@ from fastplug.ops.adapted_rope.reference import Adapted, Heads
 from fastplug.ops.ahead import launched
 from fastplug.ops.launch import on_device, power_of_2
 
-ROWS, HEADS = 32, 8  # tokens and heads of a program
+ROWS, HEADS = 32, 4  # tokens and heads of a program
 WARPS = 4
 LARGEST_RANK = 64
 WIDTHS = (64, 128)  # of heads
