@@ -46,7 +46,7 @@ STAGES = (
     Stage("kernels", (
         (200, "pytest -q -n8 tests/ops/test_adapted_glu.py tests/ops/test_nf4.py tests/ops/test_fp8_share.py "
               "tests/ops/test_low_rank.py tests/ops/test_adapter_matrices.py tests/ops/test_adapter_gradients.py "
-              "tests/ops/test_linear_cross_entropy.py "
+              "tests/ops/test_adapted_rope.py tests/ops/test_linear_cross_entropy.py "
               "tests/engine/test_graphs.py tests/engine/test_compiling.py tests/memory/test_decoded_weights.py "
               "tests/gpu/test_step.py --deselect=tests/gpu/test_step.py::test_generation_is_not_slower"),
         (240, "pytest -q tests/gpu/test_first_step.py"),
@@ -55,7 +55,7 @@ STAGES = (
         (150, "benchmarks.verifying"),
     )),
     Stage("ops", (
-        (90, "benchmarks.ops --only adapted_glu --only formats --only quantize_4bit"),
+        (90, "benchmarks.ops --only adapted_glu --only adapted_rope --only formats --only quantize_4bit"),
         (60, "benchmarks.products"),
     )),
     Stage("llama", (

@@ -31,6 +31,7 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "rope": ops_cases.rope,
     "glu": ops_cases.glu,
     "adapted_glu": ops_cases.adapted_glu,
+    "adapted_rope": ops_cases.adapted_rope,
     "dora": ops_cases.dora,
     "logprobs": ops_cases.logprobs,
     "nf4": ops_weights.nf4,

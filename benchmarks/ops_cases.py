@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastplug.ops.adapted_glu import reference
+from fastplug.ops.adapted_rope import reference as rope_reference
 
 BF16 = torch.bfloat16
 Calls = list[Callable[[], Any]]
@@ -193,6 +194,35 @@ def rope(s: Sizes) -> Iterator[Case]:
         op.forward(q, k, cos, sin, q, k, q_weight=weight, k_weight=weight, eps=1e-6)
 
     yield Case("rope forward + head norms (Qwen3)", "fastplug", moved, [lambda b=b: normed(b) for b in buffers])
+
+
+def adapted_rope(s: Sizes) -> Iterator[Case]:
+    """The adapters' shares of q, k and v, and RoPE, in one pass and one by one; a base product's own share of the
+    latter, that it adds to what is there, is not in it."""
+    op, plain = functions("adapted_rope", s.device), functions("rope", s.device)
+    heads = rope_reference.Heads(s.heads, s.kv_heads, s.head)
+    widths = [s.head * count for count in (s.heads, s.kv_heads, s.kv_heads)]
+    angle = (torch.rand(1, s.tokens, s.head // 2, device=s.device) * 6.3).repeat(1, 1, 2)
+    cos, sin = angle.cos().to(BF16), angle.sin().to(BF16)
+    b = torch.block_diag(*(0.3 * s.random(width, s.rank) for width in widths))
+    adapted = rope_reference.Adapted(s.random(s.tokens, 3 * s.rank), b, (s.rank, 2 * s.rank, 3 * s.rank))
+    buffers = [s.random(s.tokens, sum(widths)) for _ in range(4)]
+
+    def check() -> tuple[float, float]:
+        found, truth = buffers[0].clone(), buffers[0].double()
+        op.forward(found, adapted, heads, cos, sin)
+        wide = adapted._replace(xa=adapted.xa.double(), b=b.double())
+        rope_reference.forward(truth, wide, heads, cos.double(), sin.double())
+        return judged((found, truth))
+
+    def one_by_one(buffer: torch.Tensor) -> None:
+        torch.mm(adapted.xa, b.t(), out=buffer)
+        q, k, _ = buffer.view(1, s.tokens, -1, s.head).split([s.heads, s.kv_heads, s.kv_heads], dim=2)
+        plain.forward(q, k, cos, sin, q, k)
+
+    moved, name = 2 * s.tokens * sum(widths) * 2, "q, k and v with adapters and rope, in place"
+    yield Case(name, "fastplug", moved, [lambda x=x: op.forward(x, adapted, heads, cos, sin) for x in buffers], check)
+    yield Case(name, "one by one", moved, [lambda x=x: one_by_one(x) for x in buffers])
 
 
 def glu(s: Sizes) -> Iterator[Case]:

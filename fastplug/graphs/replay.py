@@ -105,7 +105,7 @@ def _key(layer: nn.Module, binding: Binding, kwargs: dict[str, Any], device: tor
     if x.device != device or (device.type == "cuda" and device.index != torch.cuda.current_device()):
         return None  # a graph belongs to one device, and is replayed on the current one
     for name, value in kwargs.items():
-        idle = value is None or value is False or (name in caches.NAMES and type(value).__name__ == "StepCache")
+        idle = value is None or value is False or (name in caches.NAMES and caches.stands_in(value))
         if not idle and name not in INPUTS and name not in HARMLESS:
             return None
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 4):

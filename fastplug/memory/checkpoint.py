@@ -86,7 +86,7 @@ def effective(policy: Policy, layer: nn.Module, binding: Binding, kwargs: dict[s
             return policy, None
         return (Policy.OFFLOAD_KEEP if policy.offloads else Policy.KEEP), "its MLP is not a gated one"
     cache = caches.given(kwargs)
-    if cache is not None and type(cache).__name__ != "StepCache":
+    if cache is not None and not caches.stands_in(cache):
         return Policy.KEEP, "a key/value cache is filled, which a second pass would do again (pass use_cache=False)"
     if policy.keeps_attention:
         reason = attention_refusal(layer, binding)

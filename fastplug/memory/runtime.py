@@ -134,7 +134,7 @@ def _prevented(layer: nn.Module, state: State, kwargs: dict[str, Any]) -> str | 
     if checkpointing() != "nothing":
         return "hooks of the host (torch.autograd.graph.saved_tensors_hooks) take what layers keep"
     for name in caches.NAMES:
-        if kwargs.get(name) is not None and type(kwargs[name]).__name__ != "StepCache":
+        if kwargs.get(name) is not None and not caches.stands_in(kwargs[name]):
             if not _permission(layer, state):
                 return (
                     "a training step fills a cache of keys and values, which computing a layer again would fill twice: "

@@ -31,10 +31,15 @@ def unknown(kwargs: dict[str, Any]) -> str | None:
     )
 
 
+def stands_in(cache: Any) -> bool:
+    """Whether this is fastplug's stand-in, which keeps nothing: ``forwards/step_cache.py``."""
+    return type(cache).__name__ == "StepCache"
+
+
 @functools.cache
 def name_in(forward: Callable[..., Any]) -> str:
     """What this forward of a model or backbone calls it."""
     return NEW if NEW in inspect.signature(forward).parameters else "past_key_values"
 
 
-__all__ = ["NAMES", "NEW", "given", "name_in", "take", "unknown"]
+__all__ = ["NAMES", "NEW", "given", "name_in", "stands_in", "take", "unknown"]

@@ -23,7 +23,6 @@ from fastplug.ops.lora.linear import lora_linear
 from fastplug.ops.rope.autograd import rope
 from fastplug.patching import caches
 from fastplug.patching.forwards.blocks import interception, read_group, read_projections
-from fastplug.patching.forwards.step_cache import stands_in
 from fastplug.patching.norms import read_norm
 from fastplug.patching.sites import Binding, Implementation, NotCovered, Runtime, Site
 
@@ -217,7 +216,7 @@ def attend(
     else:
         function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[implementation]
     dropout: Any = attention.attention_dropout if attention.training else 0.0
-    if torch.compiler.is_compiling() and stands_in(cache) and _sees_all(attention, q):
+    if torch.compiler.is_compiling() and caches.stands_in(cache) and _sees_all(attention, q):
         mask = None
     if type(mask) is DocumentMask and implementation == "sdpa" and _documents_only(q, k, dropout, rest):
         scaling: Any = attention.scaling

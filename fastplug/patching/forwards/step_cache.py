@@ -53,11 +53,6 @@ def _made() -> type:
     return _step_cache_class()
 
 
-def stands_in(cache: Any) -> bool:
-    """Whether this is such a cache."""
-    return type(cache).__name__ == "StepCache"
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def unpadded(mask: Any) -> Any:
     """A mask [B, S] of a batch, or None in the place of one that masks nothing.
