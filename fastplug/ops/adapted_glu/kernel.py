@@ -77,8 +77,8 @@ def backward(
         if found is None:
             return None
         gb_parts, ab_parts, stretches, sub = found
-        times_rstd = (None, None) if normed is None or rstd is None else (normed[rows], rstd[rows])
-        out = sums.Columns(of_xa[rows], times_rstd[0], times_rstd[1], of_b, of_a)
+        times_rstd, its_rstd = (None if tensor is None else tensor[rows] for tensor in (normed, rstd))
+        out = sums.Columns(of_xa[rows], times_rstd, its_rstd, of_b, of_a)
         sums.of_columns(gb_parts, ab_parts, stretches, sub, adapted.columns, scalings, out, add=start > 0)
     ranks = [columns.stop - columns.start for columns in adapted.columns]
     return Thin(of_xa, tuple(of_b[i, :, :rank] for i, rank in enumerate(ranks)), of_a, normed)

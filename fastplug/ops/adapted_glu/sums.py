@@ -105,7 +105,7 @@ def _add_up_matrices(
         total += tl.load(parts + slot * (3 * matrix) + here, mask=channel < width, other=0.0)
         slot += 1
     if which < 2:
-        _put(of_b + here, total, (channel < width) & (column < R), ADD)
+        _put(of_b + here, total, channel < width, ADD)
     else:
         _put(of_a + column * width.to(tl.int64) + channel, total, (channel < width) & (column < down_rank), ADD)
 

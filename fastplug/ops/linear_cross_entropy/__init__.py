@@ -59,7 +59,7 @@ def linear_cross_entropy(
             tensor of one element, which stays on its device.
         counted: [R] int64 on the device of hidden, without duplicates: the only rows to compute, where the targets of
             all others are known to be ignored. Prompts and padding then cost no logits. The result has R rows.
-        argmax: Whether to find the most likely tokens, which costs some time.
+        argmax: Whether to give the most likely tokens. To find them costs some time, which a scalar loss spares.
 
     The gradients of hidden, weight and bias, those that are required, come from the same pass as a scalar loss.
     With ``"none"``, a trained head computes its logits again in backward. There is no host sync. For one backward,
@@ -76,7 +76,7 @@ def linear_cross_entropy(
     if counted is not None and reduction == "none":
         raise ValueError("counted leaves rows out, and reduction='none' has a result for each: give only one of them")
     if reduction == "none":
-        logprob, row_entropy, best = linear_logprobs(
+        logprob, row_entropy, found = linear_logprobs(
             hidden,
             weight,
             targets,
@@ -89,7 +89,7 @@ def linear_cross_entropy(
             implementation=implementation,
         )
         row_entropy = None if row_entropy is None else row_entropy.detach()
-        return _result(-logprob, best if argmax else None, targets, row_entropy)
+        return _result(-logprob, found if argmax else None, targets, row_entropy)
 
     settings = Settings(logit_scale, softcap, 1.0, ignore_index, entropy, chunk_size, implementation, argmax)
     check_head(hidden, weight, bias, targets)
@@ -105,8 +105,7 @@ def linear_cross_entropy(
         )
     else:
         rows, _ = chunked.forward(hidden, weight, bias, targets, settings, dtype, counted=counted)
-        scalar, row_entropy = loss(rows.logprob, items), rows.entropy
-        best = rows.argmax  # type: ignore[assignment]
+        scalar, best, row_entropy = loss(rows.logprob, items), rows.argmax, rows.entropy
     return _result(scalar, best, targets, row_entropy)
 
 

@@ -61,14 +61,10 @@ class Adapters:
     def _scaled(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """scaling · left @ right into ``out`` [tokens, rank]; the factor comes before the rounding if it is one."""
         add_product(out, left, right, 0.0, 1.0 if self.scaling is None else self.scaling)
-        return self._scaled_apart(out)
-
-    def _scaled_apart(self, product: torch.Tensor) -> torch.Tensor:
-        """The columns of each adapter times its scaling in place, where there is not one for all."""
         if self.scaling is None:
             for p, _, columns in self.blocks:
-                product[:, columns].mul_(p.scaling)
-        return product
+                out[:, columns].mul_(p.scaling)
+        return out
 
     def _empty(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
         return torch.empty(tokens, self.rank, dtype=self.dtype, device=like.device)

@@ -231,11 +231,12 @@ def _products(
     pass suits that adds the adapters' shares as well."""
     group, ops = spec.group, spec.group.ops
     plain = spec.rotate and not spec.interleaved and not spec.by_head and spec.qk_norm is None
-    if not plain or type(group) is not Group or group.fp8 is not None or len(group.adapted.blocks) != 3:
+    all_adapted = len(group.adapted.blocks) == len(group.projections) == 3
+    if not plain or not all_adapted or type(group) is not Group or group.fp8 is not None:
         return *group.forward(normed), False
     kept = group.adapters(normed)
-    if kept.xa is None or kept.b is None or len(group.projections) != 3:
-        return group.products(normed, kept), kept, False
+    assert kept.xa is not None
+    assert kept.b is not None
     queries, keys, _ = (p.shape[0] // spec.head_dim for p in group.projections)
     first, second, third = (block.columns.stop for block in group.adapted.blocks)
     adapted, heads = Adapted(kept.xa, kept.b, (first, second, third)), Heads(queries, keys, spec.head_dim)

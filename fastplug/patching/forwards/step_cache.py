@@ -15,6 +15,7 @@ import torch
 
 
 @functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler cannot trace how it is made
 def _step_cache_class() -> type:
     base: type = sys.modules["transformers.cache_utils"].Cache
 
@@ -45,12 +46,7 @@ def _step_cache_class() -> type:
 
 def step_cache() -> Any:
     """A new stand-in, of transformers' own ``Cache`` type."""
-    return _made()()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler cannot trace how it is made
-def _made() -> type:
-    return _step_cache_class()
+    return _step_cache_class()()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
