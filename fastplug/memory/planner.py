@@ -185,6 +185,7 @@ class Planner:
         """Agree on the present numbers; whether plans are to be made anew of them."""
         if self._urgent:
             self.recordings.forget()
+            stock.lower(0 if self.plan is None else self.plan.total)
         elif due:
             stock.lowered //= 2  # what was missing may be there again
         self._urgent = False
@@ -312,7 +313,7 @@ class Planner:
         if self.agreed is None or self.stock is None:
             return
         self.stock.calibration.disturbed()
-        self.stock.lowered += max(missing, self.agreed.available // 100)
+        self.stock.short += max(missing, self.agreed.available // 100)
         self._urgent = True
         self.note(
             f"a step ran out of memory at {gib(self.stock.meter.reserved())} reserved; what layers kept was dropped "

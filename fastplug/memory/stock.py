@@ -57,6 +57,7 @@ class Stock:
         self.options, self.meter, self.room, self.copy = options, meter, room, copy
         self.calibration = Calibration(meter)
         self.lowered = 0  # bytes by which plans are made smaller since memory ran out
+        self.short = 0  # bytes that were missing when it did, since stock was taken last
         self.predicted = 0  # the highest allocation that the plans since the last agreement foretold
         self._trained = [weakref.ref(p) for p in trained]
         self._optimizers = optimizers
@@ -108,6 +109,16 @@ class Stock:
             ms=self.calibration.ms(),
             saved=self.calibration.saved(),
         )
+
+    def lower(self, planned: int) -> None:
+        """Make the next plans smaller by what was missing under one of ``planned`` bytes.
+
+        What others have taken meanwhile was missing, too. It is not available any more, so it is not counted again.
+        """
+        available = self._available()
+        gone = max(0, planned - available)
+        self.lowered += max(self.short - gone, available // 100)
+        self.short = 0
 
     def stepped(self) -> bool:
         """Whether an optimizer has stepped since the last time that this was asked, and had not before.

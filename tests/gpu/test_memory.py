@@ -23,13 +23,16 @@ pytestmark = pytest.mark.gpu
 
 GiB = 2**30
 LAYERS, MICRO = 8, 4
-# A process that takes so many GiB as soon as it is told, and keeps them until it is told again.
+# A process that leaves so many bytes free, takes so many more as soon as it is told, and keeps them until it is ended.
 OTHER = """
 import sys, torch
-torch.zeros(1, device="cuda")
+piece, (left, more) = 2**28, map(int, sys.argv[1:])
+taken = [torch.empty(1, dtype=torch.uint8, device="cuda")]
+while torch.cuda.mem_get_info()[0] > left:
+    taken.append(torch.empty(piece, dtype=torch.uint8, device="cuda"))
 print("ready", flush=True)
 sys.stdin.readline()
-taken = [torch.empty(2**28, dtype=torch.uint8, device="cuda") for _ in range(4 * int(sys.argv[1]))]
+taken += [torch.empty(piece, dtype=torch.uint8, device="cuda") for _ in range(more // piece)]
 torch.cuda.synchronize()
 print("taken", flush=True)
 sys.stdin.readline()
@@ -159,7 +162,7 @@ def train(model: Any, other: Any = None) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("memory", ["auto", "keep"])
 def test_a_process_that_takes_10_gib_in_micro_batch_2_of_4_changes_no_weight(memory: str) -> None:
-    """To the last bit, unless what is left calls for MLPs in tiles, whose sums round differently."""
+    """To the last bit: what is left is enough for plans without MLPs in tiles, whose sums would round differently."""
 
     def run(other: Any = None) -> tuple[Any, dict[str, torch.Tensor], int]:
         model = build(layers=LAYERS, width=2048)
@@ -173,31 +176,25 @@ def test_a_process_that_takes_10_gib_in_micro_batch_2_of_4_changes_no_weight(mem
     gc.collect()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
-    # More than a step needs, and less than it needs and 10 GiB: by more than what goes before anything is dropped, the
-    # decoded weights that stay and blocks that the allocator has cached.
-    spare = needed + 6 * GiB
+    # More than a step needs, and less than it needs and the 10 GiB: by more than what goes before anything is dropped,
+    # the decoded weights that stay and blocks that the allocator has cached.
+    spare = needed + 5 * GiB
     if free < spare + GiB:
         pytest.skip(f"needs {(spare + GiB) / GiB:.0f} GiB of free GPU memory")
     other = subprocess.Popen(
-        [sys.executable, "-c", OTHER, "10"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OTHER, str(spare), str(10 * GiB)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    ballast: list[torch.Tensor] = []
     try:
         assert other.stdout is not None
-        assert other.stdin is not None
         assert other.stdout.readline() == "ready\n"
-        # What stays free is what one step needs, a part of it taken already when the other one comes.
-        while torch.cuda.mem_get_info()[0] > spare:
-            ballast.append(torch.empty(GiB // 4, dtype=torch.uint8, device="cuda"))
         model, found, _ = run(other)
         (planner,) = planners(model)
         assert planner.room.dropped >= 1
         assert any("a step ran out of memory" in note for note in fastplug.report(model).notes)
-        if all(plan.tile_rows is None for plan in planner.plans.values()):
-            assert same(found, wanted)
-        for name, value in wanted.items():
-            assert float((found[name] - value).norm()) <= 1e-3 * float(value.norm()), name
+        assert same(found, wanted)
     finally:
-        ballast.clear()
         other.kill()
         other.wait()

@@ -166,6 +166,27 @@ def test_another_process_takes_memory_and_the_next_plan_is_made_for_the_rest() -
     assert planner.plan.total <= planner.plan.budget
 
 
+def test_what_another_process_took_when_memory_ran_out_is_not_missing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    glu = importlib.import_module("fastplug.ops.glu.reference")
+    model = models.lora(models.plain(num_hidden_layers=LAYERS))
+    fastplug.apply(model, memory="auto")
+    (planner,) = planners(model)
+    planner.meter = device = Device(model, 10 * MiB)
+    batch = models.batch(2, 120)
+    for _ in range(2):
+        model(**batch).loss.backward()
+    assert planner.plan is not None
+    before, planned = planner.plan.budget, planner.plan.total
+    with monkeypatch.context() as patch:
+        patch.setattr(glu, "forward", Failing(3, micro=None).before(glu.forward))
+        device.others = taken = before - planned + 2 * MiB  # more than the 1.5 MiB that were asked for
+        model(**batch).loss.backward()
+    model(**batch).loss.backward()
+    left = before - taken
+    assert planner.room.dropped >= 1
+    assert left - 0.5 * MiB <= planner.plan.budget < left
+
+
 def test_head_and_loss_make_room(undisturbed: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     head = importlib.import_module("fastplug.patching.forwards.lm_head_loss")
     failing = Failing(1)
