@@ -300,9 +300,12 @@ def today(run: Recorded) -> Any:
     from fastplug.memory.forecast import CONTEXT, RESERVED
     from fastplug.memory.moments import assemble
     from fastplug.memory.policy import Policy
+    from fastplug.memory.reserve import Reserve
 
-    found = estimate(shape_from(run.config, run.quant), run.batch, run.length, tile_rows=run.tile_rows)
-    more: dict[str, Any] = {"accumulating": False, "context": CONTEXT, "slack": RESERVED}
+    shape = shape_from(run.config, run.quant)
+    found = estimate(shape, run.batch, run.length, tile_rows=run.tile_rows)
+    reserve = Reserve.of(RESERVED, shape.weight_bytes)
+    more: dict[str, Any] = {"accumulating": False, "context": CONTEXT, "reserve": reserve}
     policies = [Policy(policy) for policy in run.policies]
     return assemble(found.layers, policies, found.fixed, 0, head_peak=found.head_peak, **more)
 

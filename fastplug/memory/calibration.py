@@ -24,6 +24,7 @@ from fastplug.memory.estimate import SLACK
 from fastplug.memory.meter import Mark, Meter
 from fastplug.memory.plan import Plan, Shape
 from fastplug.memory.policy import SPREAD, Policy
+from fastplug.memory.reserve import Reserve
 from fastplug.memory.steps import WITHOUT, Steps
 
 FORWARDS = 3  # observed of each shape, after the first: that one compiles and warms up
@@ -48,6 +49,7 @@ class Agreed:
             and those that an optimizer's states will take.
         extra: Bytes that the highest mark was above (below, if negative) what had been predicted.
         slack: What is reserved beyond the allocated, as a fraction of it.
+        weights: Bytes of weights, buffers included.
         host: Bytes of host memory that may be pinned.
         accumulating: Whether gradients of an earlier micro-batch are there in the forward.
         live: How many forwards wait for their backward at a time.
@@ -65,6 +67,7 @@ class Agreed:
     fixed: int
     extra: int = 0
     slack: float = SLACK
+    weights: int = 0
     host: int = 0
     accumulating: bool = False
     live: int = 1
@@ -74,6 +77,11 @@ class Agreed:
     assumed: int = 0
     ms: dict[Policy, float] = field(default_factory=dict)
     saved: dict[Policy, float] = field(default_factory=dict)
+
+    @property
+    def reserve(self) -> Reserve:
+        """What is reserved beyond the allocated."""
+        return Reserve.of(self.slack, self.weights)
 
     @property
     def fingerprint(self) -> int:

@@ -14,6 +14,7 @@ from fastplug.memory.meter import CONTEXT
 from fastplug.memory.moments import assemble
 from fastplug.memory.plan import DECODED, Plan
 from fastplug.memory.policy import Policy
+from fastplug.memory.reserve import Reserve
 from fastplug.memory.shapes import LayerShape, Linears, ModelShape
 from fastplug.memory.solve import DoesNotFit, least_budget, solve
 from fastplug.memory.times import keeping_ms, layer_ms, other_ms
@@ -154,7 +155,7 @@ def best_plan(
                 accumulating=accumulating,
                 host_budget=host_budget,
                 context=context,
-                slack=slack,
+                reserve=Reserve.of(slack, shape.weight_bytes),
                 other_ms=given.other_ms,
                 batch=batch,
                 sequence=length,
@@ -233,7 +234,7 @@ def uniform_plan(
         head_peak=given.head_peak,
         accumulating=accumulating,
         context=context,
-        slack=slack,
+        reserve=Reserve.of(slack, shape.weight_bytes),
         other_ms=given.other_ms,
         batch=batch,
         sequence=length,
@@ -266,7 +267,7 @@ def least(
                 accumulating=accumulating,
                 host_budget=host_budget,
                 context=context,
-                slack=slack,
+                reserve=Reserve.of(slack, shape.weight_bytes),
             )
         )
     return min(needs)

@@ -16,6 +16,7 @@ from fastplug.memory.estimate import best_plan, keepable, least, uniform_plan, w
 from fastplug.memory.gpus import GPU
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
+from fastplug.memory.reserve import Reserve
 from fastplug.memory.saved import PIECE
 from fastplug.memory.shapes import ModelShape
 from fastplug.memory.solve import DoesNotFit
@@ -176,7 +177,8 @@ def forecast(
         positions=shape.positions,
         assumed={
             "budget": f"{budget_from or gib(budget)}; {gib(budget - context)} without the CUDA context",
-            "reserve": f"what PyTorch's allocator has beside, {slack:.0%} of that, and {gib(context)} of CUDA context",
+            "reserve": f"what PyTorch's allocator has beside, {Reserve.of(slack, shape.weight_bytes)}, "
+            f"and {gib(context)} of CUDA context",
             "times": _times(gpu, guessed, _short(shape, batch * length)),
             "host": _host(host_budget),
             **({"positions": _positions(shape)} if shape.positions else {}),

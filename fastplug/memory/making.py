@@ -228,7 +228,7 @@ class Maker:
             "head_peak": reasoned.head_peak,
             "accumulating": self.agreed.accumulating,
             "context": self.agreed.context,
-            "slack": self.agreed.slack,
+            "reserve": self.agreed.reserve,
             "other_ms": reasoned.other_ms,
             "batch": self.shape[0],
             "sequence": self.shape[1],

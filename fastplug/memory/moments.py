@@ -22,6 +22,7 @@ from typing import NamedTuple
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import SPREAD, Policy
+from fastplug.memory.reserve import NOTHING, Reserve
 
 OPTIMIZER = "the optimizer's step"
 HEAD = "head and loss"
@@ -45,7 +46,7 @@ def assemble(
     head_peak: int = 0,
     accumulating: bool = True,
     context: int = 0,
-    slack: float = 0.0,
+    reserve: Reserve = NOTHING,
     other_ms: float = 0.0,
     batch: int = 0,
     sequence: int = 0,
@@ -56,7 +57,7 @@ def assemble(
     peak = peak_of(layers, policies, head_peak=head_peak, accumulating=accumulating)
     workspace = peak.bytes - peak.gradients - peak.held
     parts = {**fixed, "gradients": peak.gradients, "activations": peak.held, "workspace": workspace}
-    parts["slack"] = int(sum(parts.values()) * slack)
+    parts["slack"] = reserve.beside(sum(parts.values()))
     parts["context"] = context
     chosen = [layer[policy] for layer, policy in zip(layers, policies, strict=True)]
     return Plan(

@@ -26,7 +26,7 @@ from fastplug.memory.policy import Policy
 from fastplug.memory.reading import Reading
 from fastplug.memory.recordings import Recordings, possible
 from fastplug.memory.states import Optimizers
-from fastplug.memory.stock import Stock, budget_of, check_weights, of_all
+from fastplug.memory.stock import Stock, budget_of, check_weights, of_all, weight_bytes
 from fastplug.options import Options
 from fastplug.patching.report import Report
 from fastplug.patching.sites import KEY, Site
@@ -294,7 +294,8 @@ class Planner:
         self._release()  # what loading and quantizing left in the cache
         trained = [p for p in model.parameters() if p.requires_grad]
         copies = self._reading.copies(device) if self.options.memory not in FORCED else 1.0
-        self.stock = Stock(self.options, self.meter, self.room, trained, Optimizers(trained, device), copies)
+        size, optimizers = weight_bytes(model, device), Optimizers(trained, device)
+        self.stock = Stock(self.options, self.meter, self.room, trained, optimizers, size, copies)
         self.recordings.possible = possible(self.options.graphs, device)
         weights = {binding.runtime.weights for binding in self._bindings()} - {None}
         self._decoded = DecodedWeights(weights, counted=device.type == "cuda")

@@ -110,7 +110,7 @@ def beyond(plan: Plan, layers: Costs, head_peak: int, agreed: Agreed, fixed: int
     shared += max(layer.gradients for layer in layers)
     gradients = sum(layer.gradients for layer in layers)
     need = fixed + keeps + works + head_peak + gradients + shared
-    return max(0, agreed.context + int((1 + agreed.slack) * need) - plan.total)
+    return max(0, agreed.context + need + agreed.reserve.beside(need) - plan.total)
 
 
 __all__ = ["FULL", "RECORDABLE", "Recordings", "beyond", "possible"]

@@ -7,7 +7,6 @@ multiple-choice knapsack with a constraint at every prefix. It is solved exactly
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from fastplug.memory.costs import LayerCosts
 from fastplug.memory.moments import assemble, gradients_after
 from fastplug.memory.plan import Plan
 from fastplug.memory.policy import Policy
+from fastplug.memory.reserve import NOTHING, Reserve
 
 STATES = 16384
 """Undominated pairs that are followed. 32 equal layers have about 2,000; where there are more, neighbours are merged,
@@ -47,7 +47,7 @@ def solve(
     accumulating: bool = True,
     host_budget: int | None = None,
     context: int = 0,
-    slack: float = 0.0,
+    reserve: Reserve = NOTHING,
     other_ms: float = 0.0,
     batch: int = 0,
     sequence: int = 0,
@@ -63,7 +63,7 @@ def solve(
         accumulating: Whether gradients of an earlier micro-batch are there during the forward.
         host_budget: Bytes of pinned host memory that may be used; None: as many as it takes.
         context: Bytes of the CUDA context.
-        slack: Reserved bytes beyond the allocated ones, as a fraction of these.
+        reserve: What is reserved beyond the allocated bytes.
         other_ms: Milliseconds of the step outside the layers.
         batch, sequence: The shape that this plan is for.
 
@@ -75,7 +75,7 @@ def solve(
     """
     fixed = {"fixed": fixed_bytes} if isinstance(fixed_bytes, int) else dict(fixed_bytes)
     always = sum(fixed.values())
-    room = int((budget - context) / (1 + slack)) - always
+    room = reserve.allocatable(budget - context) - always
     best: tuple[int, int, tuple[Policy, ...]] | None = None
     for choice, shared in choices(layers, host_budget):
         found = _search(choice, room - shared, head_peak, accumulating)
@@ -90,7 +90,7 @@ def solve(
             accumulating=accumulating,
             host_budget=host_budget,
             context=context,
-            slack=slack,
+            reserve=reserve,
         )
         raise _error(fixed, budget, least, context)
     return assemble(
@@ -101,7 +101,7 @@ def solve(
         head_peak=head_peak,
         accumulating=accumulating,
         context=context,
-        slack=slack,
+        reserve=reserve,
         other_ms=other_ms,
         batch=batch,
         sequence=sequence,
@@ -176,12 +176,13 @@ def least_budget(
     accumulating: bool = True,
     host_budget: int | None = None,
     context: int = 0,
-    slack: float = 0.0,
+    reserve: Reserve = NOTHING,
 ) -> int:
     """The smallest budget, in bytes, for which :func:`solve` finds a plan. The arguments are those of ``solve``."""
     always = fixed_bytes if isinstance(fixed_bytes, int) else sum(fixed_bytes.values())
     needs = [shared + _least_room(choice, head_peak, accumulating) for choice, shared in choices(layers, host_budget)]
-    return math.ceil((always + min(needs)) * (1 + slack)) + context + 1
+    allocated = always + min(needs)
+    return allocated + reserve.beside(allocated) + context + 1
 
 
 def _least_room(layers: Sequence[LayerCosts], head_peak: int, accumulating: bool) -> int:

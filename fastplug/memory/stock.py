@@ -39,6 +39,7 @@ class Stock:
         room: What waits for its backward.
         trained: The parameters that get gradients.
         optimizers: What trains them.
+        weights: Bytes of weights and buffers that this rank has on the device.
         copy: Measured over assumed milliseconds of copies to the host's memory.
 
     Attributes:
@@ -52,9 +53,10 @@ class Stock:
         room: Room,
         trained: Iterable[nn.Parameter],
         optimizers: Optimizers,
+        weights: int,
         copy: float = 1.0,
     ) -> None:
-        self.options, self.meter, self.room, self.copy = options, meter, room, copy
+        self.options, self.meter, self.room, self.weights, self.copy = options, meter, room, weights, copy
         self.calibration = Calibration(meter)
         self.lowered = 0  # bytes by which plans are made smaller since memory ran out
         self.short = 0  # bytes that were missing when it did, since stock was taken last
@@ -99,6 +101,7 @@ class Stock:
             fixed=fixed + self._to_come,
             extra=extra,
             slack=self._slack(known),
+            weights=self.weights,
             host=self._host(pinned),
             accumulating=gradients > 0 or (known is not None and known.accumulating),
             live=max(waiting + 1, 1 if known is None else known.live),
@@ -188,6 +191,12 @@ def budget_of(options: Options, total: int) -> int | None:
     return None if options.memory in ("auto", *FORCED) else amount(options.memory).of(total)
 
 
+def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Bytes of a model's weights and buffers, on devices of this kind alone if one is given."""
+    found = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    return sum(local_bytes(t) for t in found if device is None or t.device.type == device.type)
+
+
 def check_weights(model: nn.Module, options: Options) -> None:
     """Raise ``OptionError`` if the weights alone are larger than the budget."""
     device = next(model.parameters()).device
@@ -195,7 +204,7 @@ def check_weights(model: nn.Module, options: Options) -> None:
     asked = None if meter is None else budget_of(options, meter.total())
     if meter is None or asked is None:
         return
-    weights = sum(local_bytes(t) for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    weights = weight_bytes(model)
     if weights + meter.context() > asked:
         beside = f", beside {gib(meter.context())} of the CUDA context" if meter.context() else ""
         raise OptionError(
@@ -221,11 +230,11 @@ def of_all(local: Agreed, device: torch.device, group: object) -> Agreed:
     policies = list(Policy)
     values = [
         -local.available, local.context, local.fixed, local.extra, local.slack, -local.host, local.accumulating,
-        local.live, local.copy, local.caution, local.assumed, not local.copies,
+        local.live, local.copy, local.caution, local.assumed, not local.copies, -local.weights,
         *(local.ms.get(p, 0.0) for p in policies), *(local.saved.get(p, 0.0) for p in policies),
     ]  # fmt: skip
     found = agreement.highest([float(value) for value in values], device, group)
-    ms, saved = found[12 : 12 + len(policies)], found[12 + len(policies) :]
+    ms, saved = found[13 : 13 + len(policies)], found[13 + len(policies) :]
     return Agreed(
         available=int(-found[0]),
         context=int(found[1]),
@@ -239,9 +248,10 @@ def of_all(local: Agreed, device: torch.device, group: object) -> Agreed:
         caution=int(found[9]),
         assumed=int(found[10]),
         copies=not found[11],
+        weights=int(-found[12]),
         ms={p: ratio for p, ratio in zip(policies, ms) if ratio},
         saved={p: ratio for p, ratio in zip(policies, saved) if ratio},
     )
 
 
-__all__ = ["Stock", "budget_of", "check_weights", "of_all"]
+__all__ = ["Stock", "budget_of", "check_weights", "of_all", "weight_bytes"]

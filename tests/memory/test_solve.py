@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from fastplug.memory import solve as solver
 from fastplug.memory.costs import LayerCosts, PolicyCost
 from fastplug.memory.moments import assemble, may_hand_on, peak_of
 from fastplug.memory.policy import Policy
+from fastplug.memory.reserve import LOOSE, Reserve
 from fastplug.memory.solve import DoesNotFit, least_budget, solve
 
 MiB = 2**20
@@ -218,11 +220,31 @@ def test_host_memory_is_a_limit_too() -> None:
 
 def test_slack_and_context_come_out_of_the_budget() -> None:
     layers = llama()
-    plan = solve(layers, {"weights": 1024 * MiB}, 20 * 1024 * MiB, slack=0.05, context=500 * MiB)
+    plan = solve(layers, {"weights": 1024 * MiB}, 20 * 1024 * MiB, reserve=Reserve(0.05), context=500 * MiB)
     assert plan.parts["context"] == 500 * MiB
     assert plan.parts["slack"] == pytest.approx(0.05 * plan.allocated, abs=2)
     assert plan.total == plan.reserved + 500 * MiB <= plan.budget
     assert plan.parts["weights"] == 1024 * MiB
+
+
+def test_large_weights_lie_in_blocks_of_their_own() -> None:
+    layers, weights = llama(), 40 * 1024 * MiB
+    given: dict[str, Any] = {"reserve": Reserve.of(0.05, weights), "context": 500 * MiB}
+    plan = solve(layers, {"weights": weights}, 50 * 1024 * MiB, **given)
+    assert plan.parts["slack"] == pytest.approx(0.05 * (plan.allocated - weights + LOOSE), abs=2)
+    assert 0.99 * plan.budget <= plan.total <= plan.budget
+    least = least_budget(layers, {"weights": weights}, **given)
+    assert solve(layers, {"weights": weights}, least, **given).fits
+    with pytest.raises(DoesNotFit):
+        solve(layers, {"weights": weights}, least - 3, **given)
+
+
+@pytest.mark.parametrize("weights", [0, 5 << 30, 40 << 30])
+def test_what_can_be_allocated_is_what_needs_as_much_to_be_reserved(weights: int) -> None:
+    reserve = Reserve.of(0.05, weights)
+    for reserved in (1 << 20, 10 << 30, 45 << 30):
+        allocated = reserve.allocatable(reserved)
+        assert allocated + reserve.beside(allocated) <= reserved <= allocated + reserve.beside(allocated) + 2
 
 
 def test_the_error_says_what_is_missing() -> None:
