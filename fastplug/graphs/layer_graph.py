@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastplug.graphs.lengths import Length
 from fastplug.graphs.recorder import Recorder
 from fastplug.ops.recompute import Countdown, Handover
 
@@ -78,11 +79,10 @@ class Buffers:
     def __init__(self, given: Given, length: int) -> None:
         x, cos, sin, mask = given
         self.length = length
-        self.x = x.new_zeros(x.shape[0], length, x.shape[2])
-        self.cos, self.sin = (t.new_zeros(t.shape[0], length, t.shape[2]) for t in (cos, sin))
+        self.x = x.new_empty(x.shape[0], length, x.shape[2])
+        self.cos, self.sin = (t.new_empty(t.shape[0], length, t.shape[2]) for t in (cos, sin))
         self.mask = None if mask is None else mask.new_empty(*mask.shape[:2], length, length)
-        self.filled = -1  # the sequence length that is filled, beyond which there is padding
-        self.pad(length)
+        self.pad(0)
 
     @property
     def nbytes(self) -> int:
@@ -101,12 +101,20 @@ class Buffers:
     def pad(self, S: int) -> None:
         """Make everything beyond S padding: zero inputs, seen by no one, seeing one position."""
         if self.length > S:
-            self.x[:, S:].zero_()
+            for tensor in (self.x, self.cos, self.sin):
+                tensor[:, S:].zero_()
         if self.mask is not None:
             hidden, seen = (False, True) if self.mask.dtype == torch.bool else (torch.finfo(self.mask.dtype).min, 0)
             self.mask.fill_(hidden)
             self.mask[:, :, :, 0] = seen
-        self.filled = S
+        self.filled = S  # the sequence length that is filled, beyond which there is padding
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """Put what ``function`` makes of each tensor in its place. Nothing is filled then."""
+        self.x, self.cos, self.sin = function(self.x), function(self.cos), function(self.sin)
+        self.mask = None if self.mask is None else function(self.mask)
+        self.filled = -1
+        return [self.x]
 
 
 def holders_of(layer: nn.Module) -> Holders:
@@ -202,22 +210,32 @@ class LayerGraph:
 
 
 class KeptGraph(LayerGraph):
-    """Activations stay where the forward left them until the backward: one place, so one forward at a time."""
+    """Activations stay where the forward left them until the backward: one place, so one forward at a time.
 
-    run = 0  # which forward the activations belong to
+    Attributes:
+        among: The recordings of other lengths that may lie in the same place, if there may be any.
+        run: Which forward the activations belong to.
+    """
+
+    among: Length | None = None
+    run = (0, 0)
     _owner: weakref.ref[object] | None = None
+    _out: torch.Tensor | None = None
 
     def record(self, recorder: Recorder) -> None:
         """The autograd graph between the two is kept: it holds the activations."""
         aliases, exchange = self._aliases(), self.exchange
+        if self.among is not None:  # inputs have to lie in the recorder's memory, too; nothing of this is replayed
+            _, self._placed = recorder.record(lambda: self.buffers.each(torch.zeros_like))
         x = self.buffers.x.detach().requires_grad_(self.needs_dx)
 
         def forward() -> list[torch.Tensor]:
-            self._out = self._compute(x, aliases)
-            return [self._out]
+            out = self._out = self._compute(x, aliases)
+            return [out]
 
         def backward() -> list[torch.Tensor]:
             wanted = self._wanted(x, aliases)
+            assert self._out is not None
             return self._keep(torch.autograd.grad(self._out, wanted, exchange.g, retain_graph=True, allow_unused=True))
 
         (out,), self._forward = recorder.record(forward)
@@ -225,18 +243,32 @@ class KeptGraph(LayerGraph):
         grads, self._backward = recorder.record(backward)
         self._sort(grads)
 
+    def lend(self, recorder: Recorder) -> None:
+        """Let others be recorded where this lies: nothing is held any more, it is only known where it is."""
+        self._out = None
+        self.out = recorder.view(self.out)
+        self.buffers.each(recorder.view)
+
     @property
     def busy(self) -> bool:
-        """Whether the activations still wait for a backward."""
-        return self._owner is not None and self._owner() is not None
+        """Whether the activations in this place still wait for a backward."""
+        mine = self._owner is not None and self._owner() is not None
+        return mine or (self.among is not None and self.among.taken())
 
     def forward(self, given: Given, owner: object) -> torch.Tensor:
         """The layer's output for x [batch, S, hidden] with S <= length; ``owner`` lives until its backward is done."""
+        turn = 0 if self.among is None else self.among.begin(owner)
+        if turn != self.run[0]:  # another length was there
+            self.buffers.filled = -1
         self.buffers.set(given)
         self._forward()
-        self.run += 1
+        self.run = turn, self.run[1] + 1
         self._owner = weakref.ref(owner)
         return self.out[:, : given[0].shape[1]].clone()
+
+    def holds(self, run: tuple[int, int]) -> bool:
+        """Whether the activations are those of that forward."""
+        return run == self.run and (self.among is None or self.among.lengths.turn == run[0])
 
     def backward(self, g: torch.Tensor) -> Gradients:
         """Gradients of x and of the parameters."""

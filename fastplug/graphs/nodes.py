@@ -29,7 +29,7 @@ class Kept(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
         graph: KeptGraph = ctx.graph
-        if ctx.run != graph.run:
+        if not graph.holds(ctx.run):
             raise RuntimeError(
                 "fastplug: a second backward through a decoder layer came after another forward of it had reused its "
                 "activations; apply fastplug with graphs='off' where one forward is differentiated twice"
@@ -38,7 +38,7 @@ class Kept(torch.autograd.Function):
             dx, grads = graph.backward(g)
         else:  # weights were moved after the forward: what was recorded would read freed memory
             dx, grads = graph.eagerly(graph.given(g.shape[1]), g)
-        ctx.owner = None
+        ctx.owner = None  # before the next forward, which may be of another length
         return None, None, None, dx, *grads
 
 

@@ -41,6 +41,16 @@ class Recorder(Protocol):
     def trim(self) -> None:
         """Give back what warming up has left in the allocator's cache, on the recorder's stream."""
 
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same numbers, which do not keep the memory that they lie in."""
+
+
+class _At:
+    """Bytes of a CUDA device, as the CUDA array interface describes them."""
+
+    def __init__(self, pointer: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"data": (pointer, False), "shape": (size,), "typestr": "|u1", "version": 3}
+
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
@@ -65,6 +75,7 @@ class CUDARecorder:
         self.devices = [device.index or 0]
         self.stream = torch.cuda.Stream(device) if stream is None else stream
         self.pool = torch.cuda.graph_pool_handle()
+        self._first: torch.cuda.CUDAGraph | None = None  # a pool that no graph is left of cannot be recorded in again
 
     def another(self) -> Recorder:
         return CUDARecorder(self.device, self.stream)  # cuBLAS has memory for every stream it was used on, for good
@@ -81,6 +92,7 @@ class CUDARecorder:
             except BaseException:
                 self._leave_capture()
                 raise
+        self._first = self._first or graph
         return results, graph.replay
 
     def _leave_capture(self) -> None:
@@ -101,6 +113,11 @@ class CUDARecorder:
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        flat = torch.as_tensor(_At(tensor.data_ptr(), span * tensor.itemsize), device=tensor.device)
+        return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

@@ -17,6 +17,7 @@ from fastplug.graphs.layer_graph import (
     LayerGraph,
     holders_of,
 )
+from fastplug.graphs.lengths import Length
 from fastplug.graphs.recorder import Memory, Recorder
 from fastplug.graphs.state import Key, Shared
 from fastplug.ops.recompute import Countdown
@@ -55,9 +56,12 @@ def record(
     kwargs: dict[str, Any],
     fast: FastForward,
     steady: bool,
+    among: Length | None = None,
 ) -> LayerGraph | None:
+    """Record a layer for a shape, ``steady``: until another one comes, ``among`` others in the same memory. None if
+    that fails."""
     compute = computing(layer, binding, kwargs, fast)
-    recorder, exchange = _place(shared, shape, steady)
+    recorder, exchange = _place(shared, shape, steady, among)
     x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
     holders = holders_of(layer)
     first = (type(layer), shape) not in shared.warmed or exchange.empty
@@ -74,6 +78,7 @@ def record(
                 graph = CheckpointedGraph(compute, shared.buffers[shape], exchange, x.requires_grad, holders)
             else:
                 graph = KeptGraph(compute, Buffers(given, shape[1]), exchange, x.requires_grad, holders)
+                graph.among = among
             if first:
                 with torch.random.fork_rng(recorder.devices):
                     graph.warm_up()
@@ -92,12 +97,15 @@ def record(
     return graph
 
 
-def _place(shared: Shared, shape: tuple[Key, int], steady: bool) -> tuple[Recorder, Exchange]:
+def _place(shared: Shared, shape: tuple[Key, int], steady: bool, among: Length | None) -> tuple[Recorder, Exchange]:
     """What to record with, and what the layers of a shape share."""
     assert shared.recorder is not None
     if not steady:
         (saving, batch, dtype, *_, autocast, _deterministic, _tiles), length = shape
-        return shared.recorder, shared.exchanges.setdefault((saving, batch, dtype, autocast, length), Exchange())
+        recorder, exchanges = shared.recorder, shared.exchanges
+        if among is not None:
+            recorder, exchanges = among.lengths.recorder, among.exchanges
+        return recorder, exchanges.setdefault((saving, batch, dtype, autocast, length), Exchange())
     if shared.steady.recorder is None:
         shared.steady.recorder = shared.recorder.another()
     return shared.steady.recorder, shared.steady.exchange

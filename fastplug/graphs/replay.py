@@ -167,9 +167,18 @@ def _graph(
         return None if isinstance(graph, KeptGraph) and graph.busy else graph
     if not state.comes_again((key, padded), shared.steady.era if steady else None) or len(known) >= LENGTHS:
         return None
-    graph = record(layer, binding, shared, (key, padded), kwargs, fast, steady)
+    among = None
+    if key[0] != "checkpointed" and not steady and binding.memory is None:
+        lengths = shared.lengths_of(layer)
+        among = None if lengths.apart else lengths.open((batch, padded))
+        if among is None and not lengths.apart:
+            return None  # later: a forward of another length waits for its backward
+    graph = record(layer, binding, shared, (key, padded), kwargs, fast, steady, among)
     if graph is not None:
+        known = state.graphs.setdefault(key, [])
         known.append(graph)
+        if among is not None and isinstance(graph, KeptGraph):
+            among.add(state, graph)
         if steady:
             shared.steady.layers.append((state, key))
     elif not (steady and shared.steady.off):  # for want of memory short calls are recorded all the same

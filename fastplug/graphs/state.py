@@ -11,6 +11,7 @@ from torch import nn
 
 from fastplug.graphs.fingerprint import Fingerprint
 from fastplug.graphs.layer_graph import Buffers, Exchange, LayerGraph
+from fastplug.graphs.lengths import Lengths
 from fastplug.graphs.recorder import Recorder
 
 EAGER_CALLS = 2  # calls of a shape before it is recorded: what does not come again is not worth it
@@ -104,7 +105,15 @@ class Shared:
     compiled: set[type] = field(default_factory=set)  # kinds for which that is done
     buffers: dict[Any, Buffers] = field(default_factory=dict)  # of layers under gradient checkpointing
     exchanges: dict[Any, Exchange] = field(default_factory=dict)
+    lengths: dict[type, Lengths] = field(default_factory=dict)  # of short steps that keep activations, by kind of layer
     steady: Steady = field(default_factory=Steady)
+
+    def lengths_of(self, layer: nn.Module) -> Lengths:
+        """Those that share memory with recordings of a layer."""
+        assert self.recorder is not None
+        if type(layer) not in self.lengths:
+            self.lengths[type(layer)] = Lengths(self.recorder.another())
+        return self.lengths[type(layer)]
 
 
 def matrix_elements(layer: nn.Module) -> int:

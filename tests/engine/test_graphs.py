@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 import torch
 
 import fastplug
+from fastplug.graphs import lengths as lengths_module
 from fastplug.graphs import replay, state
 from fastplug.graphs.layer_graph import Exchange
+from fastplug.graphs.lengths import Length, Lengths
 from fastplug.graphs.recorder import Memory
 from fastplug.ops.lora.adapted_unit import Unit
 from fastplug.patching.sites import KEY
@@ -56,6 +59,9 @@ class Stand_in:
 
     def trim(self) -> None:
         pass
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +114,12 @@ def agree(eager: Any, replayed: Any) -> None:
         assert relative(mine.detach(), theirs.detach()) <= BOUND, name
 
 
+def agree_on_gradients(eager: Any, replayed: Any) -> None:
+    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
+        if theirs.grad is not None:
+            assert relative(mine.grad, theirs.grad) <= BOUND, name
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_training_is_the_same(device: torch.device, family: str) -> None:
     eager, replayed = pair(device, family)
@@ -143,6 +155,107 @@ def test_lengths_are_padded_to_few(device: torch.device) -> None:
     agree(eager, replayed)
 
 
+@pytest.fixture
+def overwritten(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a replay writes over on a GPU is not a number here, where recordings share no memory."""
+    turn_to = Lengths.turn_to
+
+    def overwrite(self: Lengths, length: Length) -> int:
+        if length is not self._latest and device.type == "cpu":
+            for other in self._of.values():
+                for graph in [reference() for _, reference in other._graphs] if other is not length else ():
+                    assert other.closed or length.closed
+                    assert not other.waiting
+                    for tensor in (graph.out, graph.buffers.x, graph.buffers.cos, graph.buffers.sin):
+                        tensor.fill_(float("nan"))
+                    if graph.buffers.mask is not None:
+                        graph.buffers.mask.fill_(1)
+        return turn_to(self, length)
+
+    monkeypatch.setattr(Lengths, "turn_to", overwrite)
+
+
+@pytest.mark.usefixtures("overwritten")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("first", [256, 64])
+def test_lengths_that_share_memory(first: int, masked: bool, device: torch.device) -> None:
+    """Long ones before short ones, and the other way around; micro-batches of both in one step."""
+    eager, replayed = pair(device)
+    lengths = [first] * 3 + [128] * 3 + [64, 256] * 4 + [100, 128, 40, 250, 64, 120, 256, 33]
+    batches = [batch(device, length, seed=i) for i, length in enumerate(lengths)]
+    for inputs in batches if masked else ():
+        mask = torch.ones_like(inputs["input_ids"])
+        mask[1, : inputs["input_ids"].shape[1] // 3] = 0
+        inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    assert recorded(replayed) == [64, 128, 256]
+    agree(eager, replayed)
+    for model in (eager, replayed):
+        for inputs in batches[-6:]:
+            model(**inputs).loss.backward()
+    (lengths_of,) = layers(replayed)[0].__dict__[KEY].runtime.graphs.lengths.values()
+    assert sorted(length.closed for length in lengths_of._of.values()) == [False, True, True]
+    assert not lengths_of.apart
+    agree_on_gradients(eager, replayed)
+
+
+@pytest.mark.usefixtures("overwritten")
+def test_forwards_of_two_lengths_before_a_backward(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is not replayed; where that goes on, each length gets memory of its own, and both are."""
+    monkeypatch.setattr(lengths_module, "CROSSINGS", 20)
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device, length) for length in [64, 128, 64, 128, 64, 128, 64]])
+    assert recorded(replayed) == [64, 128]
+    (shared,) = layers(replayed)[0].__dict__[KEY].runtime.graphs.lengths.values()
+    for i in range(16):
+        for model in (eager, replayed):
+            model.zero_grad(set_to_none=True)
+            losses = [model(**batch(device, length, seed=i)).loss for length in (64, 128, 64)]
+            sum(losses[1:], losses[0]).backward()
+        agree_on_gradients(eager, replayed)
+        if i == 0:
+            assert not shared.apart
+    assert shared.apart
+    assert recorded(replayed) == [64, 128]
+    assert not shared._of
+    calls = [graph for graphs in layers(replayed)[0].__dict__[KEY].graphs.graphs.values() for graph in graphs]
+    assert all(graph.among is None and graph.run[1] > 1 for graph in calls)
+
+
+@pytest.mark.usefixtures("overwritten")
+def test_a_second_backward_after_a_forward_of_another_length_is_an_error(device: torch.device) -> None:
+    _, replayed = pair(device)
+    train(replayed, [batch(device, length) for length in [128, 64, 128, 64, 128, 64, 128]])
+    loss = replayed(**batch(device, 128)).loss
+    loss.backward(retain_graph=True)
+    loss.backward()  # nothing has changed in between
+    loss = replayed(**batch(device, 128)).loss
+    loss.backward(retain_graph=True)
+    replayed(**batch(device, 64))
+    with pytest.raises(RuntimeError, match="graphs='off'"):
+        loss.backward()
+
+
+@pytest.mark.gpu
+def test_short_lengths_take_no_memory_beside_a_long_one(device: torch.device) -> None:
+    config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    replayed = models.lora(models.plain(**config)).to(device)
+    fastplug.apply(replayed, graphs="on")
+
+    def reserved(*lengths: int) -> int:
+        train(replayed, [batch(device, length, rows=8) for length in lengths])
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    before = reserved(512)
+    one = reserved(512, 512, 512, 512) - before
+    assert one > 0
+    assert reserved(*[256, 384, 448] * 4) - before <= 1.5 * one
+    assert recorded(replayed) == [256, 384, 448, 512]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_masks(device: torch.device, side: str) -> None:
     eager, replayed = pair(device)
@@ -164,9 +277,7 @@ def test_accumulated_gradients_are_not_the_ones_that_the_next_replay_writes(devi
         for i in range(6):
             model(**batch(device, seed=i)).loss.backward()
     assert recorded(replayed) == [64]
-    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
-        if theirs.grad is not None:
-            assert relative(mine.grad, theirs.grad) <= BOUND, name
+    agree_on_gradients(eager, replayed)
 
 
 def test_a_second_forward_before_the_backward_keeps_the_first_ones_activations(device: torch.device) -> None:
@@ -176,9 +287,7 @@ def test_a_second_forward_before_the_backward_keeps_the_first_ones_activations(d
         losses = [model(**batch(device, seed=i)).loss for i in range(3)]
         sum(losses[1:], losses[0]).backward()
     assert recorded(replayed) == [64]
-    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
-        if theirs.grad is not None:
-            assert relative(mine.grad, theirs.grad) <= BOUND, name
+    agree_on_gradients(eager, replayed)
 
 
 def test_a_forward_without_a_backward_does_not_block(device: torch.device) -> None:
@@ -291,9 +400,7 @@ def test_weights_that_move_between_forward_and_backward(device: torch.device) ->
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # as FSDP2 does: the same values at another address
         loss.backward()
-    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
-        if theirs.grad is not None:
-            assert relative(mine.grad, theirs.grad) <= BOUND, name
+    agree_on_gradients(eager, replayed)
 
 
 def test_hidden_states_that_somebody_keeps_stay_as_they_were(device: torch.device) -> None:
@@ -346,9 +453,7 @@ def test_gradient_checkpointing(device: torch.device, reentrant: bool) -> None:
     for model in (eager, replayed):  # nothing of a layer stays, so forwards need not wait for backwards
         losses = [model(**batch(device, seed=i)).loss for i in range(3)]
         sum(losses[1:], losses[0]).backward()
-    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
-        if theirs.grad is not None:
-            assert relative(mine.grad, theirs.grad) <= BOUND, name
+    agree_on_gradients(eager, replayed)
 
 
 def test_what_a_first_pass_hands_over_is_not_made_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,9 +554,7 @@ def test_recordings_of_long_steps_that_wait_for_a_backward_outlast_another_call(
         loss = model(**batch(device)).loss
         model(**batch(device, 90)).loss.backward()
         loss.backward()
-    for (name, mine), theirs in zip(replayed.named_parameters(), eager.parameters()):
-        if theirs.grad is not None:
-            assert relative(mine.grad, theirs.grad) <= BOUND, name
+    agree_on_gradients(eager, replayed)
 
 
 @pytest.mark.usefixtures("long")
