@@ -76,6 +76,8 @@ class Buffers:
         length: The padded sequence length.
     """
 
+    shared = False  # whether others write over x from one forward to the next
+
     def __init__(self, given: Given, length: int) -> None:
         x, cos, sin, mask = given
         self.length = length
@@ -94,6 +96,8 @@ class Buffers:
         S = x.shape[1]
         if self.filled != S:
             self.pad(S)
+        elif self.shared and self.length > S:
+            self.x[:, S:].zero_()
         torch._foreach_copy_([self.x[:, :S], self.cos[:, :S], self.sin[:, :S]], [x, cos, sin])
         if self.mask is not None and mask is not None:
             self.mask[:, :, :S, :S].copy_(mask)
@@ -109,11 +113,9 @@ class Buffers:
             self.mask[:, :, :, 0] = seen
         self.filled = S  # the sequence length that is filled, beyond which there is padding
 
-    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        """Put what ``function`` makes of each tensor in its place. Nothing is filled then."""
-        self.x, self.cos, self.sin = function(self.x), function(self.cos), function(self.sin)
-        self.mask = None if self.mask is None else function(self.mask)
-        self.filled = -1
+    def move(self) -> list[torch.Tensor]:
+        """Have x lie where things are allocated now, with nothing in it."""
+        self.x, self.filled, self.shared = torch.zeros_like(self.x), -1, True
         return [self.x]
 
 
@@ -213,20 +215,22 @@ class KeptGraph(LayerGraph):
     """Activations stay where the forward left them until the backward: one place, so one forward at a time.
 
     Attributes:
-        among: The recordings of other lengths that may lie in the same place, if there may be any.
-        run: Which forward the activations belong to.
+        among: The recordings of all layers for this length.
+        order: How many were recorded in the same memory before, this one included.
+        run: Which forward the activations belong to; another number once they are used up.
     """
 
-    among: Length | None = None
-    run = (0, 0)
+    among: Length
+    order: int
+    run = 0
     _owner: weakref.ref[object] | None = None
     _out: torch.Tensor | None = None
 
     def record(self, recorder: Recorder) -> None:
         """The autograd graph between the two is kept: it holds the activations."""
         aliases, exchange = self._aliases(), self.exchange
-        if self.among is not None:  # inputs have to lie in the recorder's memory, too; nothing of this is replayed
-            _, self._placed = recorder.record(lambda: self.buffers.each(torch.zeros_like))
+        if self.among.lengths.lend:  # x is lent with the activations; nothing of this is replayed
+            _, self._moved = recorder.record(self.buffers.move)
         x = self.buffers.x.detach().requires_grad_(self.needs_dx)
 
         def forward() -> list[torch.Tensor]:
@@ -242,40 +246,44 @@ class KeptGraph(LayerGraph):
         self.out = out.detach()
         grads, self._backward = recorder.record(backward)
         self._sort(grads)
+        self.order = self.among.pool.recorded()
 
     def lend(self, recorder: Recorder) -> None:
         """Let others be recorded where this lies: nothing is held any more, it is only known where it is."""
         self._out = None
-        self.out = recorder.view(self.out)
-        self.buffers.each(recorder.view)
+        self.out, self.buffers.x = recorder.view(self.out), recorder.view(self.buffers.x)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the activations wait for a backward."""
+        return self._owner is not None and self._owner() is not None
 
     @property
     def busy(self) -> bool:
-        """Whether the activations in this place still wait for a backward."""
-        mine = self._owner is not None and self._owner() is not None
-        return mine or (self.among is not None and self.among.taken())
+        """Whether this cannot be replayed now: it waits for a backward itself, or would write over what does."""
+        return self.among.lengths.bars(self)
 
     def forward(self, given: Given, owner: object) -> torch.Tensor:
         """The layer's output for x [batch, S, hidden] with S <= length; ``owner`` lives until its backward is done."""
-        turn = 0 if self.among is None else self.among.begin(owner)
-        if turn != self.run[0]:  # another length was there
-            self.buffers.filled = -1
+        self.among.pool.wait(self.order, self.among, owner)
         self.buffers.set(given)
         self._forward()
-        self.run = turn, self.run[1] + 1
+        self.run += 1
         self._owner = weakref.ref(owner)
         return self.out[:, : given[0].shape[1]].clone()
 
-    def holds(self, run: tuple[int, int]) -> bool:
-        """Whether the activations are those of that forward."""
-        return run == self.run and (self.among is None or self.among.lengths.turn == run[0])
-
     def backward(self, g: torch.Tensor) -> Gradients:
-        """Gradients of x and of the parameters."""
-        self.exchange.set_gradient(g)
-        self._backward()
+        """Gradients of x and of the parameters, once for each forward: others may write over the activations then."""
+        latest = self.among.pool.latest()
+        if latest is not None and latest.order > self.order:  # a replay would write over what that one waits with
+            found = self.eagerly(self.given(g.shape[1]), g)
+        else:
+            self.exchange.set_gradient(g)
+            self._backward()
+            found = self._copies(g.shape[1])
         self._owner = None
-        return self._copies(g.shape[1])
+        self.run += 1
+        return found
 
     def given(self, S: int) -> Given:
         """The inputs of the last forward."""

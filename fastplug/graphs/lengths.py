@@ -1,21 +1,25 @@
-"""Recordings of several lengths in the memory of the longest.
+"""Which recordings that keep their activations may be replayed when, and where they lie.
 
-A recording that keeps its activations takes their memory for good. Only one length is worked on at a time, so the
-others need none of their own: before layers are recorded for another length, what those of the lengths before hold is
-given back to the pool that all of them are recorded in, and is used again by what is recorded next. From then on a
-replay of one length writes over what the others have left. So no layer is replayed while a forward of another length
-waits for its backward, inputs are written anew after each change of length, and once memory was given back nothing more
-is recorded for the lengths that had it.
+Graphs of one pool may use memory again that was free when they were recorded. So what is replayed now may write over
+all that was recorded later, and spares only what was recorded before and was still held then. From that follow two
+rules. A layer is replayed only if all that wait for their backward were recorded before it, and a backward only if none
+that was recorded later still waits; else the layer runs as usual. In an ordinary step layers are recorded and run
+forward in one order and backward in the other, and both rules hold.
 
-A longer step finds no place in the memory of a shorter one. It is recorded in a pool of its own, and the others again
-when they come. And where forwards of several lengths do wait for their backward at a time, each gets memory of its own.
+A recording takes the memory of its activations for good, but only one length is worked on at a time. So the others lie
+in the memory of the longest: before layers are recorded for another length, what those of the lengths before hold is
+given back to the pool, for what is recorded next. Then no layer is replayed while a forward of another length waits,
+and for a length that has given its memory back nothing more can be recorded. A longer step finds no place in the memory
+of a shorter one: it is recorded in a new pool, and the others again when they come. Where forwards of several lengths
+do wait at a time, each length gets a pool of its own. A plan counts what each length holds, so under one nothing is
+given back.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from fastplug.graphs.layer_graph import Exchange, KeptGraph
@@ -27,41 +31,62 @@ CROSSINGS = 512  # calls of layers that met another length's forward: after so m
 Shape = tuple[int, int]  # rows, and the padded length
 
 
+class Waiting(NamedTuple):
+    """A forward that has had no backward yet."""
+
+    order: int  # that of its recording
+    length: Length
+    owner: weakref.ref[object]
+
+
+class Pool:
+    """Memory that recordings share."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._waiting: list[Waiting] = []  # each was recorded after those before it
+        self._recorded = 0
+
+    def recorded(self) -> int:
+        """Another recording was made here: its place in the order."""
+        self._recorded += 1
+        return self._recorded
+
+    def latest(self) -> Waiting | None:
+        """Of the forwards that wait, the one whose recording is the latest."""
+        while self._waiting and self._waiting[-1].owner() is None:
+            self._waiting.pop()
+        return self._waiting[-1] if self._waiting else None
+
+    def wait(self, order: int, length: Length, owner: object) -> None:
+        """A forward begins, which ``owner`` stands for until its backward is done."""
+        self._waiting.append(Waiting(order, length, weakref.ref(owner)))
+
+
 class Length:
     """The recordings of all layers for one shape.
 
     Attributes:
-        lengths: Those that share memory.
+        lengths: Those that it belongs to.
+        pool: Where it lies.
         exchanges: What its layers share, by what they may differ in.
-        waiting: What stands for the forwards that have had no backward yet.
         closed: Whether others may have been recorded in its memory.
     """
 
-    def __init__(self, lengths: Lengths) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: Lengths, pool: Pool) -> None:
+        self.lengths, self.pool, self.closed = lengths, pool, False
         self.exchanges: dict[Any, Exchange] = {}
-        self.waiting: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.closed = False
         self._graphs: list[tuple[weakref.ref[LayerState], weakref.ref[KeptGraph]]] = []  # freed as without others
 
     def add(self, state: LayerState, graph: KeptGraph) -> None:
         """A layer was recorded."""
         self._graphs.append((weakref.ref(state), weakref.ref(graph)))
 
-    def taken(self) -> bool:
-        """Whether a forward of another length waits in the same memory."""
-        return self.lengths.crosses(self)
-
-    def begin(self, owner: object) -> int:
-        """A forward of one layer begins, which ``owner`` stands for; a number that changes with the length."""
-        self.waiting.add(owner)
-        return self.lengths.turn_to(self)
-
     def close(self) -> None:
         """Let others be recorded in this memory."""
         for graph in () if self.closed else [reference() for _, reference in self._graphs]:
             if graph is not None:
-                graph.lend(self.lengths.recorder)
+                graph.lend(self.pool.recorder)
         self.closed = True
 
     def forget(self) -> None:
@@ -74,63 +99,78 @@ class Length:
 
 
 class Lengths:
-    """Those of all layers of one kind, which share memory.
+    """Those of all layers of one kind.
+
+    Args:
+        recorder: Records them.
+        lend: Whether they share memory.
 
     Attributes:
-        recorder: Records them in one pool.
-        apart: Whether they share it no more.
+        lend: Likewise, as it is now.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder, self.apart = recorder, False
+    def __init__(self, recorder: Recorder, lend: bool) -> None:
+        self.lend = lend
+        self._one_pool = True
+        self._pool = Pool(recorder)
         self._of: dict[Shape, Length] = {}
-        self._latest: Length | None = None
-        self._turn = self._crossings = self._renewals = 0
+        self._crossings = self._renewals = 0
+        self._disordered = False
 
     def open(self, shape: Shape) -> Length | None:
-        """Where layers are recorded for a shape; None if not in this memory, or not now."""
+        """Where a layer is recorded for a shape; None if it cannot be, for now or at all."""
         found = self._of.get(shape)
-        if self.crosses(found):
-            return None
-        most = max((math.prod(other) for other in self._of), default=math.inf)
-        if math.prod(shape) > most or (found is not None and found.closed):
-            self._renew()
-        if self.apart:
-            return None
+        if self.lend:
+            if self._crosses(found):
+                return None
+            most = max((math.prod(other) for other in self._of), default=math.inf)
+            if (math.prod(shape) > most or (found is not None and found.closed)) and self._renewals < RENEWALS:
+                self._renew()
+            elif found is not None and found.closed:
+                return None
         if shape not in self._of:
-            for other in self._of.values():
+            for other in self._of.values() if self.lend else ():
                 other.close()
-            self._of[shape] = Length(self)
+            self._of[shape] = Length(self, self._pool if self._one_pool else Pool(self._pool.recorder.another()))
         return self._of[shape]
 
-    def crosses(self, length: Length | None) -> bool:
-        """Whether a forward of another length waits for its backward."""
-        if not any(other.waiting for other in self._of.values() if other is not length):
+    def bars(self, graph: KeptGraph) -> bool:
+        """Whether a recording cannot be replayed now because of what waits for its backward."""
+        length = graph.among
+        latest = length.pool.latest()
+        if latest is None:
+            return False
+        if latest.length is not length and self.lend and self._crosses(length):
+            return True
+        if latest.order < graph.order:
+            return False
+        self._disordered |= latest.length is length and not graph.waits
+        return True
+
+    def settle(self) -> None:
+        """Record all anew, in order, where layers were found to be recorded in another one than they run in."""
+        if self._disordered and self._pool.latest() is None and self._renewals < RENEWALS:
+            self._renew()
+
+    def _crosses(self, length: Length | None) -> bool:
+        """Whether a forward of another length waits for its backward. Where that goes on, keep lengths apart."""
+        latest = self._pool.latest()
+        if latest is None or latest.length is length:
             return False
         self._crossings += 1
         if self._crossings > CROSSINGS:
-            self.apart = True
+            self.lend = self._one_pool = False
             self._renew()
         return True
-
-    def turn_to(self, length: Length) -> int:
-        """A forward of this length begins; a number that changes when another one does."""
-        self._turn += self._latest is not length
-        self._latest = length
-        return self._turn
-
-    @property
-    def turn(self) -> int:
-        return self._turn
 
     def _renew(self) -> None:
         """Let all recordings go, and record in a new pool. What waits for its backward keeps the present one."""
         for length in self._of.values():
             length.forget()
-        self._of, self._latest = {}, None
+        self._of = {}
+        self._disordered = False
         self._renewals += 1
-        self.apart |= self._renewals > RENEWALS
-        self.recorder = self.recorder.another()
+        self._pool = Pool(self._pool.recorder.another())
 
 
-__all__ = ["Length", "Lengths"]
+__all__ = ["Length", "Lengths", "Pool"]

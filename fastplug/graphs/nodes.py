@@ -29,10 +29,10 @@ class Kept(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
         graph: KeptGraph = ctx.graph
-        if not graph.holds(ctx.run):
+        if ctx.run != graph.run:
             raise RuntimeError(
-                "fastplug: a second backward through a decoder layer came after another forward of it had reused its "
-                "activations; apply fastplug with graphs='off' where one forward is differentiated twice"
+                "fastplug: a second backward through a decoder layer came after its activations had been written over; "
+                "apply fastplug with graphs='off' where one forward is differentiated twice"
             )
         if ctx.pointers_hold():
             dx, grads = graph.backward(g)

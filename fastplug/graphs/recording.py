@@ -56,12 +56,12 @@ def record(
     kwargs: dict[str, Any],
     fast: FastForward,
     steady: bool,
-    among: Length | None = None,
+    among: Length | None,
 ) -> LayerGraph | None:
-    """Record a layer for a shape, ``steady``: until another one comes, ``among`` others in the same memory. None if
-    that fails."""
+    """Record a layer for a shape: ``steady``, until another one comes, and, where activations stay, ``among`` the other
+    layers. None if that fails."""
     compute = computing(layer, binding, kwargs, fast)
-    recorder, exchange = _place(shared, shape, steady, among)
+    recorder, exchange = _place(shared, shape, among)
     x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
     holders = holders_of(layer)
     first = (type(layer), shape) not in shared.warmed or exchange.empty
@@ -71,7 +71,7 @@ def record(
             before, common = recorder.memory(), exchange.nbytes
             given = (x, cos, sin, kwargs.get("attention_mask"))
             graph: KeptGraph | CheckpointedGraph
-            if shape[0][0] == "checkpointed":
+            if among is None:
                 if shape not in shared.buffers:
                     shared.buffers[shape] = Buffers(given, shape[1])
                     common -= shared.buffers[shape].nbytes
@@ -97,18 +97,14 @@ def record(
     return graph
 
 
-def _place(shared: Shared, shape: tuple[Key, int], steady: bool, among: Length | None) -> tuple[Recorder, Exchange]:
+def _place(shared: Shared, shape: tuple[Key, int], among: Length | None) -> tuple[Recorder, Exchange]:
     """What to record with, and what the layers of a shape share."""
     assert shared.recorder is not None
-    if not steady:
-        (saving, batch, dtype, *_, autocast, _deterministic, _tiles), length = shape
-        recorder, exchanges = shared.recorder, shared.exchanges
-        if among is not None:
-            recorder, exchanges = among.lengths.recorder, among.exchanges
-        return recorder, exchanges.setdefault((saving, batch, dtype, autocast, length), Exchange())
-    if shared.steady.recorder is None:
-        shared.steady.recorder = shared.recorder.another()
-    return shared.steady.recorder, shared.steady.exchange
+    (saving, batch, dtype, *_, autocast, _deterministic, _tiles), length = shape
+    recorder, exchanges = shared.recorder, shared.exchanges
+    if among is not None:
+        recorder, exchanges = among.pool.recorder, among.exchanges
+    return recorder, exchanges.setdefault((saving, batch, dtype, autocast, length), Exchange())
 
 
 def _give_up(binding: Binding, shared: Shared, error: Exception, steady: bool) -> None:

@@ -158,6 +158,10 @@ def _graph(
         state.renew(layer)
     if state.off or (state.dropout and key[0] == "checkpointed"):  # two replays draw two masks
         return None
+    lengths = None
+    if key[0] != "checkpointed":
+        lengths = shared.lengths_of(layer, steady, lend=binding.memory is None)
+        lengths.settle()
     known = state.graphs.setdefault(key, [])
     # Where the GPU is busy anyway, padding takes more time than a replay spares.
     padded = padded_length(length) if operations <= FLOPS else -(-length // TILE) * TILE
@@ -167,15 +171,11 @@ def _graph(
         return None if isinstance(graph, KeptGraph) and graph.busy else graph
     if not state.comes_again((key, padded), shared.steady.era if steady else None) or len(known) >= LENGTHS:
         return None
-    among = None
-    if key[0] != "checkpointed" and not steady and binding.memory is None:
-        lengths = shared.lengths_of(layer)
-        among = None if lengths.apart else lengths.open((batch, padded))
-        if among is None and not lengths.apart:
-            return None  # later: a forward of another length waits for its backward
+    among = None if lengths is None else lengths.open((batch, padded))
+    if lengths is not None and among is None:
+        return None
     graph = record(layer, binding, shared, (key, padded), kwargs, fast, steady, among)
     if graph is not None:
-        known = state.graphs.setdefault(key, [])
         known.append(graph)
         if among is not None and isinstance(graph, KeptGraph):
             among.add(state, graph)

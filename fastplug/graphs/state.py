@@ -66,8 +66,7 @@ class Steady:
 
     size: tuple[int, int] | None = None  # rows, and tokens of a row, of the latest calls
     era: int = 0  # how often that changed
-    recorder: Recorder | None = None  # with memory of its own, all of which is free once the recordings are gone
-    exchange: Exchange = field(default_factory=Exchange)
+    lengths: Lengths | None = None  # with memory of its own, all of which is free once the recordings are gone
     layers: list[tuple[LayerState, Key]] = field(default_factory=list)  # that have a recording
     calls: int = 0  # of layers, since the size changed
     changes: int = 0  # how often recordings were let go before they were worth it
@@ -89,7 +88,7 @@ class Steady:
         for state, key in self.layers:
             state.graphs.pop(key, None)
         self.layers.clear()
-        self.recorder, self.exchange = None, Exchange()
+        self.lengths = None
 
 
 @dataclass
@@ -108,11 +107,14 @@ class Shared:
     lengths: dict[type, Lengths] = field(default_factory=dict)  # of short steps that keep activations, by kind of layer
     steady: Steady = field(default_factory=Steady)
 
-    def lengths_of(self, layer: nn.Module) -> Lengths:
-        """Those that share memory with recordings of a layer."""
+    def lengths_of(self, layer: nn.Module, steady: bool, lend: bool) -> Lengths:
+        """Those to which recordings of a layer belong whose activations stay; they may ``lend`` memory if short."""
         assert self.recorder is not None
+        if steady:
+            self.steady.lengths = self.steady.lengths or Lengths(self.recorder.another(), lend=False)
+            return self.steady.lengths
         if type(layer) not in self.lengths:
-            self.lengths[type(layer)] = Lengths(self.recorder.another())
+            self.lengths[type(layer)] = Lengths(self.recorder.another(), lend)
         return self.lengths[type(layer)]
 
 

@@ -1,12 +1,11 @@
 """Replayed decoder layers against the same layers run eagerly.
 
-On a GPU these are CUDA graphs. Elsewhere a stand-in takes their place that calls a recorded function again and writes
-into the recorded tensors, so that everything but the capture itself is what runs on a GPU.
+On a GPU these are CUDA graphs. Elsewhere ops that are called again take their place, in memory that is used again as
+that of a graph's pool is (``graphs_on_cpu.py``), so that everything but the capture itself is what runs on a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator
@@ -18,12 +17,13 @@ import torch
 import fastplug
 from fastplug.graphs import lengths as lengths_module
 from fastplug.graphs import replay, state
-from fastplug.graphs.layer_graph import Exchange
-from fastplug.graphs.lengths import Length, Lengths
+from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Exchange
+from fastplug.graphs.lengths import Lengths
 from fastplug.graphs.recorder import Memory
 from fastplug.ops.lora.adapted_unit import Unit
 from fastplug.patching.sites import KEY
 from tests import models
+from tests.engine.graphs_on_cpu import CPURecorder
 from tests.engine.step import relative
 from tests.families import cases
 
@@ -32,42 +32,10 @@ pytest.importorskip("peft")
 BOUND = 2e-5
 
 
-class Stand_in:
-    """Replays by calling the function again, into the tensors of the first call."""
-
-    devices: list[int] = []  # noqa: RUF012
-
-    def record(self, function: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        results = function()
-
-        def again() -> None:
-            with torch.enable_grad():
-                new = function()
-            for result, value in zip(results, new):
-                result.detach().copy_(value.detach())
-
-        return results, again
-
-    def another(self) -> Stand_in:
-        return Stand_in()
-
-    def ready(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def memory(self) -> Memory:
-        return Memory(0, 0, 1 << 40)
-
-    def trim(self) -> None:
-        pass
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-
 @pytest.fixture(autouse=True)
 def recorder(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
-        monkeypatch.setattr(replay, "recorder_for", lambda device: Stand_in())
+        monkeypatch.setattr(replay, "recorder_for", lambda device: CPURecorder())
 
 
 def pair(device: torch.device, family: str = "llama", **lora: Any) -> tuple[Any, Any]:
@@ -155,27 +123,22 @@ def test_lengths_are_padded_to_few(device: torch.device) -> None:
     agree(eager, replayed)
 
 
+def lengths_of(model: Any) -> Lengths:
+    (found,) = layers(model)[0].__dict__[KEY].runtime.graphs.lengths.values()
+    return found  # type: ignore[no-any-return]
+
+
+def graphs_of(layer: Any) -> list[Any]:
+    return [graph for graphs in layer.__dict__[KEY].graphs.graphs.values() for graph in graphs]
+
+
 @pytest.fixture
-def overwritten(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a replay writes over on a GPU is not a number here, where recordings share no memory."""
-    turn_to = Lengths.turn_to
-
-    def overwrite(self: Lengths, length: Length) -> int:
-        if length is not self._latest and device.type == "cpu":
-            for other in self._of.values():
-                for graph in [reference() for _, reference in other._graphs] if other is not length else ():
-                    assert other.closed or length.closed
-                    assert not other.waiting
-                    for tensor in (graph.out, graph.buffers.x, graph.buffers.cos, graph.buffers.sin):
-                        tensor.fill_(float("nan"))
-                    if graph.buffers.mask is not None:
-                        graph.buffers.mask.fill_(1)
-        return turn_to(self, length)
-
-    monkeypatch.setattr(Lengths, "turn_to", overwrite)
+def no_lending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a memory plan: each length holds its activations, all in one pool."""
+    find = state.Shared.lengths_of
+    monkeypatch.setattr(state.Shared, "lengths_of", lambda self, layer, steady, lend: find(self, layer, steady, False))
 
 
-@pytest.mark.usefixtures("overwritten")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("first", [256, 64])
 def test_lengths_that_share_memory(first: int, masked: bool, device: torch.device) -> None:
@@ -193,66 +156,114 @@ def test_lengths_that_share_memory(first: int, masked: bool, device: torch.devic
     for model in (eager, replayed):
         for inputs in batches[-6:]:
             model(**inputs).loss.backward()
-    (lengths_of,) = layers(replayed)[0].__dict__[KEY].runtime.graphs.lengths.values()
-    assert sorted(length.closed for length in lengths_of._of.values()) == [False, True, True]
-    assert not lengths_of.apart
+    assert sorted(length.closed for length in lengths_of(replayed)._of.values()) == [False, True, True]
+    assert lengths_of(replayed).lend
     agree_on_gradients(eager, replayed)
 
 
-@pytest.mark.usefixtures("overwritten")
-def test_forwards_of_two_lengths_before_a_backward(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lengths", [(64, 128, 64), (128, 64, 128)])
+def test_forwards_of_two_lengths_before_a_backward(
+    lengths: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second one is not replayed; where that goes on, each length gets memory of its own, and both are."""
     monkeypatch.setattr(lengths_module, "CROSSINGS", 20)
     eager, replayed = pair(device)
     for model in (eager, replayed):
         train(model, [batch(device, length) for length in [64, 128, 64, 128, 64, 128, 64]])
     assert recorded(replayed) == [64, 128]
-    (shared,) = layers(replayed)[0].__dict__[KEY].runtime.graphs.lengths.values()
     for i in range(16):
         for model in (eager, replayed):
             model.zero_grad(set_to_none=True)
-            losses = [model(**batch(device, length, seed=i)).loss for length in (64, 128, 64)]
+            losses = [model(**batch(device, length, seed=i)).loss for length in lengths]
             sum(losses[1:], losses[0]).backward()
         agree_on_gradients(eager, replayed)
-        if i == 0:
-            assert not shared.apart
-    assert shared.apart
+        assert lengths_of(replayed).lend is (i < 10)
     assert recorded(replayed) == [64, 128]
-    assert not shared._of
-    calls = [graph for graphs in layers(replayed)[0].__dict__[KEY].graphs.graphs.values() for graph in graphs]
-    assert all(graph.among is None and graph.run[1] > 1 for graph in calls)
+    graphs = [graph for layer in layers(replayed) for graph in graphs_of(layer)]
+    assert len({id(graph.among.pool) for graph in graphs}) == 2
+    assert all(graph.run > 2 for graph in graphs)
 
 
-@pytest.mark.usefixtures("overwritten")
-def test_a_second_backward_after_a_forward_of_another_length_is_an_error(device: torch.device) -> None:
+@pytest.mark.usefixtures("no_lending")
+@pytest.mark.parametrize("lengths", [(64, 128), (128, 64)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_backwards_in_any_order_without_lending(first: int, lengths: tuple[int, int], device: torch.device) -> None:
+    """A replay may write over what was recorded later: then the forward, or the backward, runs as usual."""
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device, length) for length in [64, 128, 64, 128, 64, 128, 64]])
+    assert recorded(replayed) == [64, 128]
+    for i in range(3):
+        for model in (eager, replayed):
+            model.zero_grad(set_to_none=True)
+            losses = [model(**batch(device, length, seed=i)).loss for length in lengths]
+            losses[first].backward()
+            losses[1 - first].backward()
+        agree_on_gradients(eager, replayed)
+    runs = [[graph.run for graph in graphs_of(layer)] for layer in layers(replayed)]
+    replays = 2 if lengths == (64, 128) else 1  # in the other order the first one recorded is barred
+    assert sum(run >= 2 * 4 for run in runs[0]) == replays
+
+
+@pytest.mark.parametrize("lengths", [(64,), (128, 64)])
+@pytest.mark.parametrize("lending", [True, False])
+def test_a_layer_that_is_recorded_later_than_those_after_it(
+    lending: bool, lengths: tuple[int, ...], device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    """Those after it would write over its activations. So they run as usual, until all are recorded anew in order."""
+    if not lending:
+        request.getfixturevalue("no_lending")
+    eager, replayed = (models.lora(models.plain(num_hidden_layers=4)).to(device) for _ in range(2))
+    replayed.load_state_dict(eager.state_dict())
+    fastplug.apply(eager, graphs="off")
+    fastplug.apply(replayed, graphs="on")
+    for model in (eager, replayed):
+        train(model, [batch(device, length) for length in lengths * 5])
+        layers(model)[1].mlp.down_proj.scaling["default"] = 5.0
+    batches = [batch(device, length, seed=i) for i in range(8) for length in lengths]
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    agree(eager, replayed)
+    assert recorded(replayed) == sorted(lengths)
+    for length in lengths:
+        orders = [graph.order for layer in layers(replayed) for graph in graphs_of(layer) if graph.length == length]
+        assert len(orders) == 4
+        assert orders == sorted(orders)
+
+
+def test_a_second_backward_is_an_error_at_once(device: torch.device) -> None:
+    """The backward of the layer before has written over what this one would need again."""
     _, replayed = pair(device)
-    train(replayed, [batch(device, length) for length in [128, 64, 128, 64, 128, 64, 128]])
-    loss = replayed(**batch(device, 128)).loss
+    train(replayed, [batch(device)] * 4)
+    loss = replayed(**batch(device)).loss
     loss.backward(retain_graph=True)
-    loss.backward()  # nothing has changed in between
-    loss = replayed(**batch(device, 128)).loss
-    loss.backward(retain_graph=True)
-    replayed(**batch(device, 64))
     with pytest.raises(RuntimeError, match="graphs='off'"):
         loss.backward()
 
 
-@pytest.mark.gpu
-def test_short_lengths_take_no_memory_beside_a_long_one(device: torch.device) -> None:
-    config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "max_position_embeddings": 512}
-    replayed = models.lora(models.plain(**config)).to(device)
-    fastplug.apply(replayed, graphs="on")
+@pytest.mark.parametrize("before_it", [(), (256,) * 4])
+def test_short_lengths_take_no_memory_beside_a_long_one(before_it: tuple[int, ...], device: torch.device) -> None:
+    config = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "max_position_embeddings": 512}
 
-    def reserved(*lengths: int) -> int:
-        train(replayed, [batch(device, length, rows=8) for length in lengths])
+    def lora() -> Any:
+        model = models.lora(models.plain(**config)).to(device)
+        fastplug.apply(model, graphs="on")
+        return model
+
+    replayed = lora()
+
+    def taken(*lengths: int) -> int:
+        train(replayed, [batch(device, length) for length in lengths])
+        if device.type == "cpu":
+            return lengths_of(replayed)._pool.recorder.arena.most  # type: ignore[attr-defined, no-any-return]
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
-    before = reserved(512)
-    one = reserved(512, 512, 512, 512) - before
+    before = taken(512)
+    one = taken(*[512] * 4) - before
     assert one > 0
-    assert reserved(*[256, 384, 448] * 4) - before <= 1.5 * one
+    replayed = lora()
+    assert taken(*before_it, *[512] * 4, *[256, 384, 448] * 4) - before <= 1.25 * one
     assert recorded(replayed) == [256, 384, 448, 512]
 
 
@@ -418,9 +429,6 @@ def test_a_second_backward_after_another_forward_is_an_error(device: torch.devic
     train(replayed, [batch(device)] * 4)
     loss = replayed(**batch(device)).loss
     loss.backward(retain_graph=True)
-    loss.backward()  # nothing has changed in between
-    loss = replayed(**batch(device)).loss
-    loss.backward(retain_graph=True)
     replayed(**batch(device))
     with pytest.raises(RuntimeError, match="graphs='off'"):
         loss.backward()
@@ -460,13 +468,18 @@ def test_what_a_first_pass_hands_over_is_not_made_again(device: torch.device, mo
     _, replayed = pair(device)
     replayed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     replayed.enable_input_require_grads()
-    train(replayed, [batch(device)] * 4)
     passes: list[str] = []
-    original = Unit.result
-    monkeypatch.setattr(Unit, "result", lambda self: passes.append("") or original(self))
-    if device.type == "cpu":  # the stand-in runs what was recorded
-        train(replayed, [batch(device)])
-        assert len(passes) == len(layers(replayed))
+    result, record = Unit.result, CheckpointedGraph.record
+
+    def counted(self: CheckpointedGraph, recorder: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Unit, "result", lambda self: passes.append("") or result(self))
+            record(self, recorder)
+
+    monkeypatch.setattr(CheckpointedGraph, "record", counted)
+    train(replayed, [batch(device)] * 4)
+    # To count what is saved, and in the first pass; none for the second.
+    assert len(passes) == 2 * len(layers(replayed))
     for layer in layers(replayed):
         (graph,) = next(iter(layer.__dict__[KEY].graphs.graphs.values()))
         assert [tensor.shape for tensor in graph._handed] == [(2 * 64, 4)]
@@ -600,6 +613,17 @@ def test_too_little_memory_for_long_steps_leaves_short_ones_recorded(
     assert held(replayed) == [0] * len(layers(replayed))
     assert any("launched layer by layer" in note for note in fastplug.report(replayed).notes)
     assert layers(replayed)[0].__dict__[KEY].runtime.graphs.off is None
+
+
+def test_padding_of_an_input_that_others_write_over_is_zero() -> None:
+    x, cos = torch.ones(2, 40, 4), torch.ones(1, 40, 2)
+    buffers = Buffers((x, cos, cos, None), 64)
+    buffers.move()
+    for _ in range(2):
+        buffers.x.fill_(float("nan"))
+        buffers.set((x, cos, cos, None))
+        assert buffers.x[:, :40].eq(1).all()
+        assert buffers.x[:, 40:].eq(0).all()
 
 
 def test_padding_of_a_shared_gradient_is_zero() -> None:

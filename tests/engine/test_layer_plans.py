@@ -16,8 +16,9 @@ from fastplug.graphs import replay
 from fastplug.patching.bind import REMEMBERED
 from fastplug.patching.forwards import decoder_layer, layer_by_row, layer_plans
 from tests import models
+from tests.engine.graphs_on_cpu import CPURecorder
 from tests.engine.step import relative
-from tests.engine.test_graphs import Stand_in, changes, layers
+from tests.engine.test_graphs import changes, layers
 from tests.families import cases
 
 pytest.importorskip("peft")
@@ -194,7 +195,7 @@ def test_what_never_stays_is_not_compared_for_long(read: list[Any], monkeypatch:
 @pytest.mark.parametrize("graphs", ["off", "on"])
 def test_a_weight_that_is_replaced_is_freed(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a merge, say, after which nobody may call the layer again."""
-    monkeypatch.setattr(replay, "recorder_for", lambda device: Stand_in())
+    monkeypatch.setattr(replay, "recorder_for", lambda device: CPURecorder())
     model = models.lora(models.plain())
     fastplug.apply(model, graphs=graphs)
     for _ in range(4):

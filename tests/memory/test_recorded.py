@@ -13,7 +13,8 @@ from fastplug.memory import offload
 from fastplug.memory.policy import Policy
 from fastplug.patching.sites import KEY
 from tests import models
-from tests.engine.test_graphs import Stand_in, agree, batch, train
+from tests.engine.graphs_on_cpu import CPURecorder
+from tests.engine.test_graphs import agree, batch, train
 from tests.memory.under import layers, under
 
 pytest.importorskip("peft")
@@ -23,7 +24,7 @@ pytest.importorskip("peft")
 def recorder(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SMALLEST", 1)
     if device.type == "cpu":
-        monkeypatch.setattr(replay, "recorder_for", lambda device: Stand_in())
+        monkeypatch.setattr(replay, "recorder_for", lambda device: CPURecorder())
 
 
 @pytest.mark.parametrize("policy", Policy)

@@ -14,7 +14,7 @@ from fastplug.memory.policy import Policy
 from fastplug.memory.runtime import planners
 from fastplug.patching.sites import KEY
 from tests import models
-from tests.engine.test_graphs import Stand_in
+from tests.engine.graphs_on_cpu import CPURecorder
 from tests.memory.device import Device, MiB, gradients, same_bits
 from tests.memory.under import layers
 
@@ -27,7 +27,7 @@ SHORT, LONG = models.batch(2, 60), models.batch(2, 250)
 @pytest.fixture(autouse=True)
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (replay, recorder):
-        monkeypatch.setattr(module, "recorder_for", lambda device: Stand_in())
+        monkeypatch.setattr(module, "recorder_for", lambda device: CPURecorder())
 
 
 class Holding(Device):
