@@ -8,11 +8,11 @@ forward in one order and backward in the other, and both rules hold.
 
 A recording takes the memory of its activations for good, but only one length is worked on at a time. So the others lie
 in the memory of the longest: before layers are recorded for another length, what those of the lengths before hold is
-given back to the pool, for what is recorded next. Then no layer is replayed while a forward of another length waits,
-and for a length that has given its memory back nothing more can be recorded. A longer step finds no place in the memory
-of a shorter one: it is recorded in a new pool, and the others again when they come. Where forwards of several lengths
-do wait at a time, each length gets a pool of its own. A plan counts what each length holds, so under one nothing is
-given back.
+given back to the pool, for what is recorded next. Then no layer is replayed while a forward of another length waits.
+What is recorded for a length after it has given its memory back, with a mask say where there was none, counts as
+another length. A longer step finds no place in the memory of a shorter one: it is recorded in a new pool, and the
+others again when they come. Where forwards of several lengths do wait at a time, each length gets a pool of its own. A
+plan counts what each length holds, so under one nothing is given back.
 """
 
 from __future__ import annotations
@@ -64,17 +64,18 @@ class Pool:
 
 
 class Length:
-    """The recordings of all layers for one shape.
+    """The recordings of all layers for one shape, made before those of another one.
 
     Attributes:
         lengths: Those that it belongs to.
+        shape: Rows, and the padded length.
         pool: Where it lies.
         exchanges: What its layers share, by what they may differ in.
         closed: Whether others may have been recorded in its memory.
     """
 
-    def __init__(self, lengths: Lengths, pool: Pool) -> None:
-        self.lengths, self.pool, self.closed = lengths, pool, False
+    def __init__(self, lengths: Lengths, shape: Shape, pool: Pool) -> None:
+        self.lengths, self.shape, self.pool, self.closed = lengths, shape, pool, False
         self.exchanges: dict[Any, Exchange] = {}
         self._graphs: list[tuple[weakref.ref[LayerState], weakref.ref[KeptGraph]]] = []  # freed as without others
 
@@ -113,26 +114,29 @@ class Lengths:
         self.lend = lend
         self._one_pool = True
         self._pool = Pool(recorder)
-        self._of: dict[Shape, Length] = {}
+        self._all: list[Length] = []
         self._crossings = self._renewals = 0
         self._disordered = False
 
     def open(self, shape: Shape) -> Length | None:
         """Where a layer is recorded for a shape; None if it cannot be, for now or at all."""
-        found = self._of.get(shape)
         if self.lend:
-            if self._crosses(found):
+            if self._crosses(shape):
                 return None
-            most = max((math.prod(other) for other in self._of), default=math.inf)
-            if (math.prod(shape) > most or (found is not None and found.closed)) and self._renewals < RENEWALS:
+            most = max((math.prod(other.shape) for other in self._all), default=math.inf)
+            if math.prod(shape) > most and self._renewals < RENEWALS:
                 self._renew()
-            elif found is not None and found.closed:
-                return None
-        if shape not in self._of:
-            for other in self._of.values() if self.lend else ():
-                other.close()
-            self._of[shape] = Length(self, self._pool if self._one_pool else Pool(self._pool.recorder.another()))
-        return self._of[shape]
+        found = next((length for length in self._all if length.shape == shape and not length.closed), None)
+        latest = self._pool.latest()
+        if self.lend and latest is not None and latest.length is not found:  # has lent its memory
+            self._disordered = True
+            return None
+        if found is not None:
+            return found
+        for other in self._all if self.lend else ():
+            other.close()
+        self._all.append(Length(self, shape, self._pool if self._one_pool else Pool(self._pool.recorder.another())))
+        return self._all[-1]
 
     def bars(self, graph: KeptGraph) -> bool:
         """Whether a recording cannot be replayed now because of what waits for its backward."""
@@ -140,22 +144,26 @@ class Lengths:
         latest = length.pool.latest()
         if latest is None:
             return False
-        if latest.length is not length and self.lend and self._crosses(length):
+        if self.lend and self._crosses(length.shape):
             return True
-        if latest.order < graph.order:
+        if latest.order < graph.order and (latest.length is length or not self.lend):
             return False
-        self._disordered |= latest.length is length and not graph.waits
+        self._disordered |= latest.length.shape == length.shape and not graph.waits
         return True
 
     def settle(self) -> None:
-        """Record all anew, in order, where layers were found to be recorded in another one than they run in."""
+        """Record all anew, in order, where layers were found to be recorded in another one than they run in.
+
+        So it is if one of them is recorded again: after those that follow it, or beside others that have lent their
+        memory.
+        """
         if self._disordered and self._pool.latest() is None and self._renewals < RENEWALS:
             self._renew()
 
-    def _crosses(self, length: Length | None) -> bool:
-        """Whether a forward of another length waits for its backward. Where that goes on, keep lengths apart."""
+    def _crosses(self, shape: Shape) -> bool:
+        """Whether a forward of another shape waits for its backward. Where that goes on, keep lengths apart."""
         latest = self._pool.latest()
-        if latest is None or latest.length is length:
+        if latest is None or latest.length.shape == shape:
             return False
         self._crossings += 1
         if self._crossings > CROSSINGS:
@@ -165,9 +173,9 @@ class Lengths:
 
     def _renew(self) -> None:
         """Let all recordings go, and record in a new pool. What waits for its backward keeps the present one."""
-        for length in self._of.values():
+        for length in self._all:
             length.forget()
-        self._of = {}
+        self._all.clear()
         self._disordered = False
         self._renewals += 1
         self._pool = Pool(self._pool.recorder.another())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
@@ -75,12 +76,15 @@ class CUDARecorder:
         self.devices = [device.index or 0]
         self.stream = torch.cuda.Stream(device) if stream is None else stream
         self.pool = torch.cuda.graph_pool_handle()
-        self._first: torch.cuda.CUDAGraph | None = None  # a pool that no graph is left of cannot be recorded in again
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._recorded = False
 
     def another(self) -> Recorder:
         return CUDARecorder(self.device, self.stream)  # cuBLAS has memory for every stream it was used on, for good
 
     def record(self, function: Callable[[], list[torch.Tensor]]) -> Record:
+        if self._recorded and not self._graphs:  # a pool that no graph is left of takes no other
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with _no_collection():
             try:
@@ -92,7 +96,8 @@ class CUDARecorder:
             except BaseException:
                 self._leave_capture()
                 raise
-        self._first = self._first or graph
+        self._graphs.add(graph)
+        self._recorded = True
         return results, graph.replay
 
     def _leave_capture(self) -> None:

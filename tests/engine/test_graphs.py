@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,9 +19,9 @@ import torch
 import fastplug
 from fastplug.graphs import lengths as lengths_module
 from fastplug.graphs import replay, state
-from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Exchange
+from fastplug.graphs.layer_graph import Buffers, CheckpointedGraph, Exchange, KeptGraph
 from fastplug.graphs.lengths import Lengths
-from fastplug.graphs.recorder import Memory
+from fastplug.graphs.recorder import CUDARecorder, Memory
 from fastplug.ops.lora.adapted_unit import Unit
 from fastplug.patching.sites import KEY
 from tests import models
@@ -156,9 +158,27 @@ def test_lengths_that_share_memory(first: int, masked: bool, device: torch.devic
     for model in (eager, replayed):
         for inputs in batches[-6:]:
             model(**inputs).loss.backward()
-    assert sorted(length.closed for length in lengths_of(replayed)._of.values()) == [False, True, True]
+    assert sorted(length.closed for length in lengths_of(replayed)._all) == [False, True, True]
     assert lengths_of(replayed).lend
     agree_on_gradients(eager, replayed)
+
+
+def test_batches_with_and_without_padding(device: torch.device) -> None:
+    """Masks come and go: what is recorded with one lends its memory to what is recorded without, and back."""
+    eager, replayed = pair(device)
+    batches = []
+    for i in range(24):
+        inputs = batch(device, (128, 64)[i % 2], seed=i)
+        if i % 4 > 1:
+            mask = torch.ones_like(inputs["input_ids"])
+            mask[1, :9] = 0
+            inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+        batches.append(inputs)
+    assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
+    agree(eager, replayed)
+    assert recorded(replayed) == [64, 64, 128, 128]
+    assert lengths_of(replayed)._renewals == 0
+    assert [length.closed for length in lengths_of(replayed)._all] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("lengths", [(64, 128, 64), (128, 64, 128)])
@@ -228,6 +248,50 @@ def test_a_layer_that_is_recorded_later_than_those_after_it(
         orders = [graph.order for layer in layers(replayed) for graph in graphs_of(layer) if graph.length == length]
         assert len(orders) == 4
         assert orders == sorted(orders)
+
+
+@pytest.mark.parametrize("lending", [True, False])
+@pytest.mark.parametrize("seed", range(2))
+def test_steps_of_any_kind_in_any_order(
+    seed: int, lending: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Lengths, masks, several forwards before their backwards, forwards without one, and layers that change."""
+    if not lending:
+        request.getfixturevalue("no_lending")
+    monkeypatch.setattr(lengths_module, "CROSSINGS", 60)
+    rng = random.Random(seed)
+    eager = models.lora(models.plain(num_hidden_layers=3)).to(device)
+    replayed = copy.deepcopy(eager)
+    fastplug.apply(eager, graphs="off")
+    fastplug.apply(replayed, graphs="on")
+    replays: list[int] = []
+    forward = KeptGraph.forward
+    monkeypatch.setattr(
+        KeptGraph, "forward", lambda self, given, owner: replays.append(self.length) or forward(self, given, owner)
+    )
+    likely = [rng.choice([64, 128, 192]) for _ in range(2)]
+    for _ in range(60):
+        if rng.random() < 0.08:
+            index, scaling = rng.randrange(3), rng.random()
+            for model in (eager, replayed):
+                layers(model)[index].mlp.down_proj.scaling["default"] = scaling
+        calls = []
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            inputs = batch(device, rng.choice([*likely * 3, 40, 64, 100, 128, 192]), seed=rng.randrange(1000))
+            if rng.random() < 0.2:
+                mask = torch.ones_like(inputs["input_ids"])
+                mask[1, :9] = 0
+                inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+            calls.append((inputs, rng.random()))
+        together = rng.random() < 0.5
+        for model in (eager, replayed):
+            model.zero_grad(set_to_none=True)
+            losses = [(model(**inputs).loss, order) for inputs, order in calls]
+            losses = [loss for loss, order in sorted(losses, key=lambda pair: pair[1]) if order < 0.9]
+            for loss in [sum(losses[1:], losses[0])] if together and losses else losses:
+                loss.backward()
+        agree_on_gradients(eager, replayed)
+    assert len(replays) > 30
 
 
 def test_a_second_backward_is_an_error_at_once(device: torch.device) -> None:
@@ -613,6 +677,30 @@ def test_too_little_memory_for_long_steps_leaves_short_ones_recorded(
     assert held(replayed) == [0] * len(layers(replayed))
     assert any("launched layer by layer" in note for note in fastplug.report(replayed).notes)
     assert layers(replayed)[0].__dict__[KEY].runtime.graphs.off is None
+
+
+def test_a_pool_that_no_graph_is_left_of_is_not_recorded_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch frees it, and refuses."""
+    pools: list[int] = []
+
+    class Graph:
+        def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+            pools.append(pool)
+
+        def capture_end(self) -> None: ...
+        def replay(self) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count().__next__)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    recorder = CUDARecorder(torch.device("cuda", 0))
+    kept = [recorder.record(list)[1] for _ in range(2)]
+    kept.pop(0)
+    kept.append(recorder.record(list)[1])
+    kept.clear()
+    gc.collect()
+    kept = [recorder.record(list)[1] for _ in range(2)]
+    assert pools == [0, 0, 0, 1, 1]
 
 
 def test_padding_of_an_input_that_others_write_over_is_zero() -> None:
