@@ -15,7 +15,8 @@ from fastplug.graphs.layer_graph import KeptGraph
 from fastplug.patching.sites import KEY
 from tests import models
 from tests.data.texts import documents, looks_for_documents, on
-from tests.engine.test_graphs import Stand_in, batch, train
+from tests.engine.graphs_on_cpu import CPURecorder
+from tests.engine.test_graphs import batch, train
 
 pytest.importorskip("peft")
 
@@ -26,7 +27,7 @@ LENGTHS = (30, 4, 1, 29)  # 64 tokens, as the plain batch has
 def replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each replay of a layer."""
     if device.type == "cpu":
-        monkeypatch.setattr(replay, "recorder_for", lambda device: Stand_in())
+        monkeypatch.setattr(replay, "recorder_for", lambda device: CPURecorder())
     counted: list[int] = []
     forward = KeptGraph.forward
 
