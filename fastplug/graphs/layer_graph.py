@@ -272,15 +272,19 @@ class KeptGraph(LayerGraph):
         self._owner = weakref.ref(owner)
         return self.out[:, : given[0].shape[1]].clone()
 
-    def backward(self, g: torch.Tensor) -> Gradients:
-        """Gradients of x and of the parameters, once for each forward: others may write over the activations then."""
+    def backward(self, g: torch.Tensor, pointers_hold: bool) -> Gradients:
+        """Gradients of x and of the parameters, once for each forward: others may write over the activations then.
+
+        Eagerly where weights were moved after the forward, so that a replay would read freed memory, and where it would
+        write over what waits for its own backward.
+        """
         latest = self.among.pool.latest()
-        if latest is not None and latest.order > self.order:  # a replay would write over what that one waits with
-            found = self.eagerly(self.given(g.shape[1]), g)
-        else:
+        if pointers_hold and (latest is None or latest.order <= self.order):
             self.exchange.set_gradient(g)
             self._backward()
             found = self._copies(g.shape[1])
+        else:
+            found = self.eagerly(self.given(g.shape[1]), g)
         self._owner = None
         self.run += 1
         return found

@@ -34,10 +34,7 @@ class Kept(torch.autograd.Function):
                 "fastplug: a second backward through a decoder layer came after its activations had been written over; "
                 "apply fastplug with graphs='off' where one forward is differentiated twice"
             )
-        if ctx.pointers_hold():
-            dx, grads = graph.backward(g)
-        else:  # weights were moved after the forward: what was recorded would read freed memory
-            dx, grads = graph.eagerly(graph.given(g.shape[1]), g)
+        dx, grads = graph.backward(g, ctx.pointers_hold())
         ctx.owner = None  # before the next forward, which may be of another length
         return None, None, None, dx, *grads
 

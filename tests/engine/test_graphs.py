@@ -40,9 +40,9 @@ def recorder(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(replay, "recorder_for", lambda device: CPURecorder())
 
 
-def pair(device: torch.device, family: str = "llama", **lora: Any) -> tuple[Any, Any]:
+def pair(device: torch.device, family: str = "llama", num_hidden_layers: int = 2, **lora: Any) -> tuple[Any, Any]:
     """The same LoRA model twice: run eagerly, and with layers that are replayed."""
-    eager = models.lora(models.plain(family), **lora).to(device)
+    eager = models.lora(models.plain(family, num_hidden_layers=num_hidden_layers), **lora).to(device)
     replayed = copy.deepcopy(eager)
     fastplug.apply(eager, graphs="off")
     fastplug.apply(replayed, graphs="on")
@@ -53,6 +53,18 @@ def batch(device: torch.device, length: int = 64, seed: int = 0, rows: int = 2) 
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, models.VOCABULARY, (rows, length), generator=generator).to(device)
     return {"input_ids": tokens, "labels": tokens}
+
+
+def hide(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The batch with a mask, and without labels where it is 0."""
+    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+
+
+def padded(inputs: dict[str, torch.Tensor], positions: int) -> dict[str, torch.Tensor]:
+    """The batch with so many positions of padding at the left of its second row."""
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, :positions] = 0
+    return hide(inputs, mask)
 
 
 def train(model: Any, batches: list[dict[str, torch.Tensor]], **kwargs: Any) -> list[float]:
@@ -134,6 +146,15 @@ def graphs_of(layer: Any) -> list[Any]:
     return [graph for graphs in layer.__dict__[KEY].graphs.graphs.values() for graph in graphs]
 
 
+def both_recorded(device: torch.device) -> tuple[Any, Any]:
+    """A pair that has trained on 64 and 128 positions in turn."""
+    eager, replayed = pair(device)
+    for model in (eager, replayed):
+        train(model, [batch(device, length) for length in [64, 128, 64, 128, 64, 128, 64]])
+    assert recorded(replayed) == [64, 128]
+    return eager, replayed
+
+
 @pytest.fixture
 def no_lending(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under a memory plan: each length holds its activations, all in one pool."""
@@ -148,10 +169,8 @@ def test_lengths_that_share_memory(first: int, masked: bool, device: torch.devic
     eager, replayed = pair(device)
     lengths = [first] * 3 + [128] * 3 + [64, 256] * 4 + [100, 128, 40, 250, 64, 120, 256, 33]
     batches = [batch(device, length, seed=i) for i, length in enumerate(lengths)]
-    for inputs in batches if masked else ():
-        mask = torch.ones_like(inputs["input_ids"])
-        mask[1, : inputs["input_ids"].shape[1] // 3] = 0
-        inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+    if masked:
+        batches = [padded(inputs, inputs["input_ids"].shape[1] // 3) for inputs in batches]
     assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
     assert recorded(replayed) == [64, 128, 256]
     agree(eager, replayed)
@@ -166,14 +185,8 @@ def test_lengths_that_share_memory(first: int, masked: bool, device: torch.devic
 def test_batches_with_and_without_padding(device: torch.device) -> None:
     """Masks come and go: what is recorded with one lends its memory to what is recorded without, and back."""
     eager, replayed = pair(device)
-    batches = []
-    for i in range(24):
-        inputs = batch(device, (128, 64)[i % 2], seed=i)
-        if i % 4 > 1:
-            mask = torch.ones_like(inputs["input_ids"])
-            mask[1, :9] = 0
-            inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
-        batches.append(inputs)
+    batches = [batch(device, (128, 64)[i % 2], seed=i) for i in range(24)]
+    batches = [padded(inputs, 9) if i % 4 > 1 else inputs for i, inputs in enumerate(batches)]
     assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
     agree(eager, replayed)
     assert recorded(replayed) == [64, 64, 128, 128]
@@ -187,10 +200,7 @@ def test_forwards_of_two_lengths_before_a_backward(
 ) -> None:
     """The second one is not replayed; where that goes on, each length gets memory of its own, and both are."""
     monkeypatch.setattr(lengths_module, "CROSSINGS", 20)
-    eager, replayed = pair(device)
-    for model in (eager, replayed):
-        train(model, [batch(device, length) for length in [64, 128, 64, 128, 64, 128, 64]])
-    assert recorded(replayed) == [64, 128]
+    eager, replayed = both_recorded(device)
     for i in range(16):
         for model in (eager, replayed):
             model.zero_grad(set_to_none=True)
@@ -209,10 +219,7 @@ def test_forwards_of_two_lengths_before_a_backward(
 @pytest.mark.parametrize("first", [0, 1])
 def test_backwards_in_any_order_without_lending(first: int, lengths: tuple[int, int], device: torch.device) -> None:
     """A replay may write over what was recorded later: then the forward, or the backward, runs as usual."""
-    eager, replayed = pair(device)
-    for model in (eager, replayed):
-        train(model, [batch(device, length) for length in [64, 128, 64, 128, 64, 128, 64]])
-    assert recorded(replayed) == [64, 128]
+    eager, replayed = both_recorded(device)
     for i in range(3):
         for model in (eager, replayed):
             model.zero_grad(set_to_none=True)
@@ -233,10 +240,7 @@ def test_a_layer_that_is_recorded_later_than_those_after_it(
     """Those after it would write over its activations. So they run as usual, until all are recorded anew in order."""
     if not lending:
         request.getfixturevalue("no_lending")
-    eager, replayed = (models.lora(models.plain(num_hidden_layers=4)).to(device) for _ in range(2))
-    replayed.load_state_dict(eager.state_dict())
-    fastplug.apply(eager, graphs="off")
-    fastplug.apply(replayed, graphs="on")
+    eager, replayed = pair(device, num_hidden_layers=4)
     for model in (eager, replayed):
         train(model, [batch(device, length) for length in lengths * 5])
         layers(model)[1].mlp.down_proj.scaling["default"] = 5.0
@@ -260,10 +264,7 @@ def test_steps_of_any_kind_in_any_order(
         request.getfixturevalue("no_lending")
     monkeypatch.setattr(lengths_module, "CROSSINGS", 60)
     rng = random.Random(seed)
-    eager = models.lora(models.plain(num_hidden_layers=3)).to(device)
-    replayed = copy.deepcopy(eager)
-    fastplug.apply(eager, graphs="off")
-    fastplug.apply(replayed, graphs="on")
+    eager, replayed = pair(device, num_hidden_layers=3)
     replays: list[int] = []
     forward = KeptGraph.forward
     monkeypatch.setattr(
@@ -278,11 +279,7 @@ def test_steps_of_any_kind_in_any_order(
         calls = []
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
             inputs = batch(device, rng.choice([*likely * 3, 40, 64, 100, 128, 192]), seed=rng.randrange(1000))
-            if rng.random() < 0.2:
-                mask = torch.ones_like(inputs["input_ids"])
-                mask[1, :9] = 0
-                inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
-            calls.append((inputs, rng.random()))
+            calls.append((padded(inputs, 9) if rng.random() < 0.2 else inputs, rng.random()))
         together = rng.random() < 0.5
         for model in (eager, replayed):
             model.zero_grad(set_to_none=True)
@@ -339,8 +336,7 @@ def test_padding_masks(device: torch.device, side: str) -> None:
         inputs = batch(device, length, seed=i)
         mask = torch.ones_like(inputs["input_ids"])
         mask[1, : 5 + i] = 0
-        mask = mask if side == "left" else mask.flip(1)
-        batches.append({**inputs, "labels": inputs["labels"].masked_fill(mask == 0, -100), "attention_mask": mask})
+        batches.append(hide(inputs, mask if side == "left" else mask.flip(1)))
     assert train(replayed, batches) == pytest.approx(train(eager, batches), rel=1e-5)
     assert recorded(replayed) == [64]
     agree(eager, replayed)

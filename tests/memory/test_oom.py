@@ -126,13 +126,18 @@ def test_a_failure_in_the_second_micro_batch_of_four_changes_no_weight(
         assert failing.calls[2] == failing.calls[0]
 
 
+def with_plan(memory: str, total: int) -> tuple[Any, Any, Device, dict[str, torch.Tensor]]:
+    """A model under a plan, its planner, the device of ``total`` bytes that it lies on, and a batch."""
+    model = models.lora(models.plain(num_hidden_layers=LAYERS))
+    fastplug.apply(model, memory=memory)
+    (planner,) = planners(model)
+    planner.meter = device = Device(model, total)
+    return model, planner, device, models.batch(2, 120)
+
+
 def test_the_plan_is_lowered_for_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     glu = importlib.import_module("fastplug.ops.glu.reference")
-    model = models.lora(models.plain(num_hidden_layers=LAYERS))
-    fastplug.apply(model, memory="4MiB")
-    (planner,) = planners(model)
-    planner.meter = device = Device(model, 64 * MiB)
-    batch = models.batch(2, 120)
+    model, planner, device, batch = with_plan("4MiB", 64 * MiB)
     model(**batch).loss.backward()
     first = planner.plan
     assert first is not None
@@ -152,11 +157,7 @@ def test_the_plan_is_lowered_for_the_next_step(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_another_process_takes_memory_and_the_next_plan_is_made_for_the_rest() -> None:
-    model = models.lora(models.plain(num_hidden_layers=LAYERS))
-    fastplug.apply(model, memory="auto")
-    (planner,) = planners(model)
-    planner.meter = device = Device(model, 10 * MiB)
-    batch = models.batch(2, 120)
+    model, planner, device, batch = with_plan("auto", 10 * MiB)
     model(**batch).loss.backward()
     assert planner.plan is not None
     before = planner.plan.budget
@@ -168,11 +169,7 @@ def test_another_process_takes_memory_and_the_next_plan_is_made_for_the_rest() -
 
 def test_what_another_process_took_when_memory_ran_out_is_not_missing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     glu = importlib.import_module("fastplug.ops.glu.reference")
-    model = models.lora(models.plain(num_hidden_layers=LAYERS))
-    fastplug.apply(model, memory="auto")
-    (planner,) = planners(model)
-    planner.meter = device = Device(model, 10 * MiB)
-    batch = models.batch(2, 120)
+    model, planner, device, batch = with_plan("auto", 10 * MiB)
     for _ in range(2):
         model(**batch).loss.backward()
     assert planner.plan is not None
